@@ -1,0 +1,1202 @@
+"""CIKD, Curriculum Information Knowledge Distillation, in one file.
+
+A light Vision Transformer (ViT) trained on few images does not learn to look at neighbouring pixels first,
+which a CNN has built in. CIKD lets a trained CNN, here a ResNet, teach it, from easy to difficult:
+
+  1. ALI, Attention Locality Imitation: the student's self-attention imitates attention maps made from the
+     teacher's low-level feature maps. No labels.
+  2. LM, Logit Mimicking: the student learns the labels and the teacher's logits.
+
+    python cikd.py                               # generated shapes, no download: minutes on two CPU cores
+    python cikd.py --dataset cifar10             # ViT-Tiny taught by ResNet-18: wants a GPU
+    python cikd.py --compare --seeds 0 1 2       # scratch, kd, joint and cikd side by side
+    python cikd.py --help                        # every setting, its default and where it comes from
+
+Paper: "Patient teacher can impart locality to improve lightweight vision transformer on small dataset",
+Pattern Recognition, 2025. The public code's teacher is a fine-tuned ViT-B. A ResNet has no queries and keys,
+so ours gives a *surrogate* of an attention map (section 5).
+
+Read from top to bottom; sections 3 to 7 are the method. Symbols in the shape comments:
+  B batch, S image side (pixels), N patches (a g x g grid), D width, H heads, d = D/H, C channels, K classes
+"""
+
+# %% 1. Settings
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import socket
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import StochasticDepth
+
+TIMEOUT = 20                    # seconds without an answer before a download is given up
+
+
+class CIKDError(Exception):
+    """Something the user can mend. `main` prints it as one line and exits with code 2."""
+
+
+class DataRow(NamedTuple):
+    """Defaults of a data set and, if it is downloaded, what torchvision needs and what a whole copy holds."""
+    image_size: int             # S, pixels; photographs are cropped to the middle square
+    patch_size: int             # pixels
+    student: str
+    teacher_epochs: int
+    ali_epochs: int
+    epochs: int                 # both stages together
+    batch_size: int
+    crop: str
+    source: str = ""            # class in torchvision.datasets
+    splits: tuple = ()          # its arguments for training (several splits are joined) and for testing
+    counts: tuple = ()          # training and test images; a half-extracted copy has fewer
+    archive: str = ""           # for those without a network: what to get
+    folder: str = ""            # ... and where below --data-dir it belongs
+
+
+SMALL = (32, 4, "vit_tiny", 60, 100, 300, 128, "pad")
+PHOTO = (224, 16, "vit_tiny", 100, 100, 300, 128, "resized")
+TRAIN_TEST = ([dict(train=True)], [dict(train=False)])
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
+DATASETS = {
+    "shapes": DataRow(32, 4, "vit_micro", 4, 6, 18, 32, "none"),
+    "folder": DataRow(*PHOTO),
+    "cifar10": DataRow(*SMALL, "CIFAR10", TRAIN_TEST, (50000, 10000),
+                       "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": DataRow(*SMALL, "CIFAR100", TRAIN_TEST, (50000, 10000),
+                        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "fashion_mnist": DataRow(*SMALL, "FashionMNIST", TRAIN_TEST, (60000, 10000),
+                             "the four .gz files of https://github.com/zalandoresearch/fashion-mnist",
+                             "FashionMNIST/raw"),
+    "stl10": DataRow(96, 8, "vit_tiny", 100, 100, 300, 128, "resized",
+                     "STL10", ([dict(split="train")], [dict(split="test")]), (5000, 8000),
+                     "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"),
+    "pets": DataRow(*PHOTO, "OxfordIIITPet", ([dict(split="trainval")], [dict(split="test")]), (3680, 3669),
+                    f"images.tar.gz and annotations.tar.gz from {OXFORD}pets/", "oxford-iiit-pet"),
+    "aircraft": DataRow(*PHOTO, "FGVCAircraft", ([dict(split="trainval")], [dict(split="test")]),
+                        (6667, 3333), f"{OXFORD}fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),
+    "dtd": DataRow(*PHOTO, "DTD", ([dict(split="train"), dict(split="val")], [dict(split="test")]),
+                   (3760, 1880), f"{OXFORD}dtd/download/dtd-r1.0.1.tar.gz", "dtd"),
+    "imagenette": DataRow(*PHOTO, "Imagenette", ([dict(size="320px")], [dict(size="320px", split="val")]),
+                          (9469, 3925), "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"),
+}
+STUDENTS = {"vit_tiny": dict(depth=12, width=192, heads=3), "vit_micro": dict(depth=6, width=64, heads=4)}
+TEACHERS = {  # blocks in each stage, channels of the first stage (each later stage doubles them)
+    "resnet20": ((3, 3, 3), 16), "resnet56": ((9, 9, 9), 16),                 # He 2016, section 4.2
+    "resnet18": ((2, 2, 2, 2), 64), "resnet34": ((3, 4, 6, 3), 64),           # He 2016, table 1
+}
+
+
+def setting(default, help: str, low=None, high=None, choices=()):
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=tuple(choices)))
+
+
+@dataclass
+class Config:
+    """Every setting. None means: from the data set's row in DATASETS, or as its help says in brackets."""
+    # what to run
+    dataset: str = setting("shapes", "images to learn from", choices=DATASETS)
+    method: str = setting("cikd", "cikd (paper), or a baseline: scratch (labels only), kd (LM from the first "
+                          "epoch), joint (ALI and LM together)", choices=("scratch", "kd", "joint", "cikd"))
+    compare: bool = setting(False, "run all four methods; table, comparison.csv, comparison.png")
+    seed: int = setting(0, "of the student, the order of images and the crops", 0)
+    seeds: tuple[int, ...] | None = setting(None, "repeat with each of these seeds; mean and spread", 0)
+    # data
+    data_dir: str = setting("data", "where data sets lie or are downloaded to; for folder: "
+                            "DIR/{train,test|val}/CLASS/*.png, .jpg, ...")
+    train_size: int | None = setting(None, "use only so many training images, class-balanced", 2)
+    holdout: int | None = setting(None, "test on so many training images, class-balanced and not trained "
+                                  "on, instead of the test set: for choosing settings", 2)
+    data_seed: int = setting(0, "of shapes, of both subsets and of the teacher: what runs share", 0)
+    image_size: int | None = setting(None, "side of the square images, pixels", 16, 1024)
+    patch_size: int | None = setting(None, "side of a patch, pixels", 1)
+    crop: str | None = setting(None, "in training: pad (shift by up to 1/8 of the side; our choice), resized "
+                               "(random area and aspect; paper), both with flips, or none",
+                               choices=("pad", "resized", "none"))
+    crop_scale: float = setting(0.2, "smallest area of a resized crop, a share (paper's ALI: 0.2)", 0.01, 1)
+    jitter: float = setting(0.4, "brightness, contrast, saturation, student's copy in ALI only (paper)", 0, 1)
+    # student
+    student: str | None = setting(None, "vit_tiny: 12 blocks, width 192 (paper); vit_micro: 6, 64",
+                                  choices=STUDENTS)
+    heads: int | None = setting(None, "attention heads of each block [3 in vit_tiny, 4 in vit_micro]", 1)
+    drop_path: float = setting(0.1, "stochastic depth of the last block, from 0 in the first (paper)", 0, 0.9)
+    # teacher
+    teacher: str | None = setting(None, "ResNet (our choice) [resnet18 for vit_tiny, resnet20 for vit_micro]",
+                                  choices=TEACHERS)
+    teacher_epochs: int | None = setting(None, "epochs of the teacher's own training", 1)
+    teacher_lr: float = setting(0.1, "its peak learning rate, SGD with Nesterov momentum (our choice)", 1e-9)
+    teacher_checkpoint: str | None = setting(None, "your own trained teacher: a state dict for --teacher")
+    pretrained_teacher: bool = setting(False, "start resnet18/34 from ImageNet weights: extra data")
+    # stage 1, ALI
+    ali_epochs: int | None = setting(None, "epochs of stage 1; the switch comes after them", 1)
+    tau: float = setting(0.2, "temperature of the teacher's attention surrogate (our choice)", 1e-3, 100)
+    teacher_maps: str = setting("per_head", "a teacher map per head, from groups of channels, or one shared "
+                                "by all heads (our choice)", choices=("per_head", "shared"))
+    relations: str = setting("qk+vv", "student relations that imitate it (paper: qk+vv)",
+                             choices=("qk", "vv", "qk+vv"))
+    pairs: str = setting("0:1,last:2", "student block:teacher stage, blocks from 0, stages from 1 (paper: "
+                         "first and last block, low and middle layer)")
+    # stage 2, LM
+    dkd_alpha: float = setting(1.0, "weight of TCKD, the label against the rest (paper)", 0)
+    dkd_beta: float = setting(4.0, "weight of NCKD, the other classes among themselves (paper)", 0)
+    dkd_temperature: float = setting(1.0, "softens both sets of logits in DKD (paper)", 0.01, 100)
+    ramp_epochs: int = setting(5, "epochs of LM in which the weight of DKD rises from 0 to 1 (paper)", 0)
+    label_smoothing: float = setting(0.1, "of the cross-entropy, student and teacher (paper)", 0, 0.99)
+    # training
+    epochs: int | None = setting(None, "epochs of the student, both stages together", 1)
+    batch_size: int | None = setting(None, "images per step", 1)
+    lr: float | None = setting(None, "student's peak learning rate, AdamW [METHODS: 1e-3, paper]", 1e-9)
+    min_lr: float = setting(1e-6, "learning rate at the end of a stage (paper's LM)", 0)
+    warmup: float = setting(0.1, "share of a stage in which the learning rate rises (paper: 0.05)", 0, 1)
+    weight_decay: float = setting(0.05, "not on biases, norms, CLS token and positions (paper)", 0)
+    layer_decay: float = setting(1.0, "in LM, learning rate factor from each block to the one below (paper: "
+                                 "0.75; our choice: off)", 0.01, 1)
+    # where and how
+    output_dir: str = setting("runs", "where runs are kept")
+    run_name: str | None = setting(None, "folder of the run [made from the settings given]")
+    device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
+    resume: str | None = setting(None, "go on with the unfinished run in this folder, with its settings")
+    overwrite: bool = setting(False, "start again where a run of this name lies")
+
+
+RESULT_FIELDS = [f.name for f in fields(Config) if f.name not in {          # those that can change the result
+    "compare", "seeds", "data_dir", "output_dir", "run_name", "device", "compile", "resume", "overwrite"}]
+
+
+def resolve(cfg: Config) -> Config:
+    """A checked copy with every None filled in. Raises CIKDError that names the setting."""
+    for f in fields(cfg):
+        value, low, high, choices = getattr(cfg, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
+        for v in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
+            if choices and v not in choices or isinstance(v, float) and not math.isfinite(v) or \
+                    low is not None and v < low or high is not None and v > high:
+                allowed = f"one of {', '.join(choices)}" if choices else \
+                    " and ".join(f"at {k} {x}" for k, x in (("least", low), ("most", high)) if x is not None)
+                raise CIKDError(f"--{f.name.replace('_', '-')}: {v!r} is not allowed; it must be {allowed}")
+    row, named, many = DATASETS[cfg.dataset], cfg.run_name, cfg.compare or cfg.seeds
+    cfg = replace(cfg, run_name=named or default_name(cfg))
+    if cfg.epochs and cfg.ali_epochs is None:    # only the total is given: ALI keeps its share of the row
+        cfg.ali_epochs = max(1, round(cfg.epochs * row.ali_epochs / row.epochs))
+    for name in set(row._fields) & set(RESULT_FIELDS):
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, getattr(row, name))
+    cfg.heads = cfg.heads or STUDENTS[cfg.student]["heads"]
+    cfg.teacher = cfg.teacher or {"vit_tiny": "resnet18", "vit_micro": "resnet20"}[cfg.student]
+    cfg.lr = cfg.lr or METHODS[cfg.method].lr
+    side, patch, width = cfg.image_size, cfg.patch_size, STUDENTS[cfg.student]["width"]
+    for wrong, message in [
+        (side % patch, f"--patch-size: {patch} does not divide --image-size {side}"),
+        (side < 2 * patch, f"--patch-size: {patch} leaves one patch; {side // 2} is the most"),
+        (width % cfg.heads, f"--heads: {cfg.heads} does not divide {cfg.student}'s width, {width}"),
+        (cfg.ali_epochs >= cfg.epochs and (cfg.method == "cikd" or cfg.compare),
+         f"--ali-epochs: {cfg.ali_epochs} leaves no epoch for LM; it must be below --epochs, {cfg.epochs}"),
+        (cfg.teacher_checkpoint and not Path(cfg.teacher_checkpoint).is_file(),
+         f"--teacher-checkpoint: there is no file {cfg.teacher_checkpoint}"),
+        (cfg.pretrained_teacher and cfg.teacher_checkpoint,
+         "--pretrained-teacher: contradicts --teacher-checkpoint; give one of them"),
+        (cfg.pretrained_teacher and (cfg.teacher not in ("resnet18", "resnet34") or side <= 64),
+         "--pretrained-teacher: fits --teacher resnet18 or resnet34 and --image-size above 64 only"),
+        (cfg.resume and many, "--resume: goes on with one run; --compare and --seeds go on by themselves"),
+        (named and many, "--run-name: names one run, but --compare and --seeds make several"),
+        (Path(cfg.run_name).name != cfg.run_name or cfg.run_name == "..",
+         f"--run-name: {cfg.run_name!r} is no plain folder name"),
+        (cfg.seeds and len(set(cfg.seeds)) < len(cfg.seeds), "--seeds: names a seed twice"),
+        (cfg.device == "cuda" and not torch.cuda.is_available() or
+         cfg.device == "mps" and not torch.backends.mps.is_available(),
+         f"--device: torch finds no {cfg.device} on this machine; use cpu or auto"),
+    ]:
+        if wrong:
+            raise CIKDError(message)
+    parse_pairs(cfg)
+    return cfg
+
+
+def default_name(cfg: Config) -> str:
+    """Folder of a run: data set, method, every setting that was given, seed."""
+    given = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if f.name in RESULT_FIELDS
+             and f.name not in ("dataset", "method", "seed") and getattr(cfg, f.name) != f.default]
+    data = Path(cfg.data_dir).resolve().name if cfg.dataset == "folder" else cfg.dataset
+    name = "-".join([data, cfg.method, *given, f"seed{cfg.seed}"]).replace(os.sep, "_")
+    return name if len(name) <= 120 else name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def parse_pairs(cfg: Config) -> list[tuple[int, int]]:
+    """--pairs as (student block, teacher stage), both counted from 0. Raises CIKDError."""
+    depth, stages, pairs = STUDENTS[cfg.student]["depth"], len(TEACHERS[cfg.teacher][0]), []
+    for part in cfg.pairs.split(","):
+        block, _, stage = part.strip().replace("last", str(depth - 1)).partition(":")
+        if not (block.isdecimal() and stage.isdecimal() and int(block) < depth and 1 <= int(stage) <= stages):
+            raise CIKDError(f"--pairs: {part!r} is not BLOCK:STAGE; BLOCK must be from 0 to {depth - 1}, or "
+                            f"last, STAGE from 1 to {stages}")
+        pairs.append((int(block), int(stage) - 1))
+    return pairs
+
+
+# %% 2. Data: uint8 tensors on the training device, augmented a whole batch at a time
+class Data(NamedTuple):
+    """Images are uint8 [n, 3, S, S], labels int64 [n]; `fingerprint` is a hash of all four."""
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list[str]
+    fingerprint: str
+
+
+SHAPES = [fill + form for fill in ("", "hollow ") for form in "disc triangle square star flower".split()]
+
+
+def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """n images of the ten SHAPES, uint8 [n, 3, size, size], and labels [n]: a demonstration, not evidence.
+
+    Random colour, place, size and a modest turn, over a coloured, noisy ground and under a thin line.
+    """
+    rng = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return torch.rand(n, *shape, generator=rng) * (high - low) + low
+
+    labels = torch.arange(n) % len(SHAPES)
+    pixels = torch.arange(size) + 0.5
+    dx = pixels - size * uniform(0.4, 0.6, 1, 1)                    # [n, 1, S], from the shape's centre
+    dy = pixels[:, None] - size * uniform(0.4, 0.6, 1, 1)           # [n, S, 1]
+    rho, phi = torch.hypot(dx, dy), torch.atan2(dy, dx) + uniform(-0.3, 0.3, 1, 1)
+
+    def polygon(k):      # radius of a regular k-gon in direction phi, 1 at its corners
+        return math.cos(math.pi / k) / torch.cos(phi % (2 * math.pi / k) - math.pi / k)
+
+    star = 1.1 - 0.6 * (2 * (phi * 5 / (2 * math.pi) % 1) - 1).abs()
+    forms = torch.ones_like(phi), polygon(3) * 1.2, polygon(4) * 1.1, star, 0.65 + 0.35 * torch.cos(4 * phi)
+    outline = torch.stack(forms)[labels % 5, torch.arange(n)] * uniform(0.3, 0.42, 1, 1) * size
+    mask = (outline - rho + 0.5).clamp(0, 1)                        # 1 inside, one soft pixel at the edge
+    core = (outline * 0.55 - rho + 0.5).clamp(0, 1)
+    mask = (mask - core * (labels >= 5)[:, None, None])[:, None]    # [n, 1, S, S]
+
+    ground = F.interpolate(uniform(-0.15, 0.15, 3, 4, 4), size=size, mode="bilinear") + uniform(0, 1, 3, 1, 1)
+    colour = (ground.mean((2, 3), keepdim=True) + uniform(0.35, 0.65, 3, 1, 1)) % 1
+    images = ground + mask * (colour - ground)                      # [n, 3, S, S]
+    angle, offset = uniform(0, math.pi, 1, 1), uniform(-0.4, 0.4, 1, 1) * size
+    line = (dx * torch.cos(angle) + dy * torch.sin(angle) - offset).abs() < 0.5
+    images = torch.where(line[:, None], uniform(0, 1, 3, 1, 1), images) + uniform(-0.06, 0.06, 3, size, size)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
+
+
+def to_rgb(image: Image.Image, size: int) -> torch.Tensor:
+    """Any PIL image -> uint8 [3, size, size]: upright, RGB, alpha over white, middle square, resized."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                   # 16-bit grey: Pillow's convert would clip, not scale
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)       # [S, S, 3] -> [3, S, S]
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file whole. Raises CIKDError with its name if that fails."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CIKDError(f"{path}: not a readable image ({one_line(error)}); mend or remove it") from None
+
+
+def decode(dataset, size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """All of a torchvision data set -> uint8 [n, 3, size, size], int64 [n], on all cores, with progress."""
+    images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+
+    def one(i):
+        image, labels[i] = dataset[i]
+        images[i] = to_rgb(image, size)
+
+    pool = ThreadPoolExecutor(os.cpu_count())        # Pillow decodes and resizes outside the interpreter lock
+    try:
+        for done, _ in enumerate(pool.map(one, range(len(dataset))), 1):
+            if done % 100 == 0 or done == len(dataset):
+                status(f"reading {name}: {done} of {len(dataset)} images", last=done == len(dataset))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return images, labels
+
+
+def load_folder(cfg: Config) -> list[tuple]:
+    """(images, labels, classes) of the user's DIR/train and of DIR/test or DIR/val, read by ImageFolder."""
+    train, test, val = (Path(cfg.data_dir) / name for name in ("train", "test", "val"))
+    splits = []
+    for path in [train] if cfg.holdout else [train, test if test.is_dir() else val]:
+        if not path.is_dir():
+            raise CIKDError(f"{path}: no such folder; --dataset folder reads DIR/train/CLASS/ and "
+                            "DIR/test/CLASS/ (or DIR/val/CLASS/) of --data-dir DIR")
+        try:
+            dataset = torchvision.datasets.ImageFolder(str(path), loader=open_image)
+        except FileNotFoundError as error:
+            raise CIKDError(f"{path}: {one_line(error)}") from None
+        images, labels = decode(dataset, cfg.image_size, str(path))
+        classes = splits[0][2] if splits else dataset.classes
+        if unknown := sorted(set(dataset.classes) - set(classes)):
+            raise CIKDError(f"{path / unknown[0]}: a class that {train} lacks; add it there or remove this")
+        numbers = torch.tensor([classes.index(name) for name in dataset.classes])       # those of train
+        splits.append((images, numbers[labels], classes))
+    return splits
+
+
+def load_torchvision(cfg: Config) -> list[tuple]:
+    """(images, labels, classes) of training and test set, downloaded into --data-dir if not there yet."""
+    row, where, splits = DATASETS[cfg.dataset], Path(cfg.data_dir), []
+    make = getattr(torchvision.datasets, row.source)
+    for name, parts, count in zip(["train", "test"][: 1 if cfg.holdout else 2], row.splits, row.counts):
+        try:
+            datasets = [open_torchvision(make, where, arguments) for arguments in parts]
+        except Exception as error:                   # torchvision raises whatever it meets in a broken copy
+            raise CIKDError(
+                f"{cfg.dataset}: neither whole in {where} nor downloaded ({type(error).__name__}: "
+                f"{one_line(error)}); get {row.archive}, put it into {where / row.folder} and run this "
+                "again, or try --dataset shapes, which needs no download") from None
+        dataset = torch.utils.data.ConcatDataset(datasets)
+        try:
+            if len(dataset) != count:
+                raise OSError(f"{len(dataset)} images where {count} belong")
+            images, labels = decode(dataset, cfg.image_size, f"{cfg.dataset} {name}")
+        except OSError as error:
+            raise CIKDError(f"{cfg.dataset}: the {name} images in {where} are incomplete "
+                            f"({one_line(error)}); delete the extracted folder and run this again") from None
+        splits.append((images, labels, [c if isinstance(c, str) else c[0] for c in datasets[0].classes]))
+    return splits
+
+
+def open_torchvision(make, where: Path, arguments: dict):
+    """A torchvision data set; the network is touched only if it is not there, and not waited for for ever."""
+    try:
+        return make(str(where), **arguments)
+    except RuntimeError:
+        print(f"downloading {make.__name__} into {where}", flush=True)
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        return make(str(where), **arguments, download=True)
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
+    """A seeded order [n] of all images, every prefix of which is as class-balanced as the data allow."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class, counts = labels[order].argsort(stable=True), labels.bincount()
+    rank = torch.empty_like(order)                   # the how-manieth image of its class each one is
+    rank[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return order[rank.argsort(stable=True)]
+
+
+def load_dataset(cfg: Config) -> Data:
+    """The data of a resolved Config, cut to --holdout and --train-size. Raises CIKDError."""
+    if cfg.dataset == "shapes":
+        splits = [(*make_shapes(n, 2 * cfg.data_seed + test, cfg.image_size), SHAPES)
+                  for test, n in ((0, 3000), (1, 1000))]
+    else:
+        splits = load_folder(cfg) if cfg.dataset == "folder" else load_torchvision(cfg)
+    (images, labels, classes), (test_images, test_labels, _) = splits[0], splits[-1]
+    K, n, held = len(classes), len(labels), cfg.holdout or 0
+    size = cfg.train_size or n - held
+    if K < 2 or held and not K <= held <= n - K or not K <= size <= n - held:
+        option = "--dataset" if K < 2 else "--holdout" if held and not K <= held <= n - K else "--train-size"
+        raise CIKDError(f"{option}: {n} training images of {K} classes cannot give {size} to train on and "
+                        f"{held} to hold out; there must be two classes and, in each part, an image of each")
+    order = balanced_order(labels, cfg.data_seed)
+    if held:
+        test_images, test_labels = images[order[:held]], labels[order[:held]]
+    if held or cfg.train_size:
+        images, labels = images[order[held:held + size]], labels[order[held:held + size]]
+    digest = hashlib.sha256()
+    for part in (images, labels, test_images, test_labels):
+        digest.update(part.contiguous().numpy().data)
+    return Data(images, labels, test_images, test_labels, classes, digest.hexdigest()[:16])
+
+
+def draw_crops(n: int, size: int, kind: str, scale: float) -> torch.Tensor | None:
+    """Random crop and flip of n images: affine maps [n, 2, 3], output to input, in [-1, 1] coordinates."""
+    if kind == "none":
+        return None
+    flip, zero = torch.randint(0, 2, (n,)) * 2.0 - 1, torch.zeros(n)
+    if kind == "pad":                                # whole pixels, so nothing is blurred; grey comes in
+        wide = high = torch.ones(n)
+        shift = torch.randint(-(size // 8), size // 8 + 1, (2, n)) * 2 / size
+    else:                                            # torchvision's RandomResizedCrop, without its retries
+        area = torch.rand(n) * (1 - scale) + scale
+        ratio = torch.exp((torch.rand(n) * 2 - 1) * math.log(4 / 3))
+        wide, high = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        shift = (torch.rand(2, n) * 2 - 1) * (1 - torch.stack([wide, high]))
+    return torch.stack([wide * flip, zero, shift[0], zero, high, shift[1]], 1).view(n, 2, 3)
+
+
+def to_float(images: torch.Tensor, crops: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 [B, 3, S, S] -> float in [-1, 1] (mean and deviation 0.5, paper), cropped by `draw_crops`."""
+    images = images.float() / 127.5 - 1
+    if crops is None:
+        return images
+    grid = F.affine_grid(crops, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def color_jitter(images: torch.Tensor, strength: float) -> torch.Tensor:
+    """Brightness, contrast and saturation of each image [B, 3, S, S] in [-1, 1], times 1 ± strength."""
+    factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, device=images.device) - 1)
+    images = (images + 1) / 2 * factors[0]
+    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, factors[1])
+    return torch.lerp(images.mean(1, keepdim=True), images, factors[2]).clamp(0, 1) * 2 - 1
+
+
+# %% 3. Student: ViT-Tiny, with timm's parameter names
+class Attention(nn.Module):
+    """Multi-head self-attention in two halves, because ALI wants what lies between them: q, k and v."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, N+1, D] -> q, k, v, each [B, H, N+1, d]."""
+        B, T, D = x.shape
+        return self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """softmax(q kᵀ / sqrt(d)) v, then heads joined and mixed -> [B, N+1, D]. No map is ever stored."""
+        x = F.scaled_dot_product_attention(q, k, v)                     # [B, H, N+1, d]
+        return self.proj(x.transpose(1, 2).flatten(2))                  # [B, N+1, H, d] -> [B, N+1, D]
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to its input."""
+
+    def __init__(self, width: int, heads: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.attn.project(self.norm1(x))
+
+    def forward(self, x: torch.Tensor, qkv: tuple) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(*qkv))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into patches and project each one: a convolution whose stride is its size."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)      # [B, 3, S, S] -> [B, D, g, g] -> [B, N, D]
+
+
+def sincos_positions(grid: int, width: int) -> torch.Tensor:
+    """2-D sine-cosine position embedding (MAE): a quarter of D for each of sin x, cos x, sin y, cos y."""
+    frequency = 10000 ** -(torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(grid)[:, None] * frequency                     # [g, D/4]
+    wave = torch.cat([angle.sin(), angle.cos()], 1)                     # [g, D/2]
+    x, y = wave.expand(grid, grid, -1), wave[:, None].expand(grid, grid, -1)
+    patches = torch.cat([x, y], 2).flatten(0, 1)                        # [g, g, D] -> [N, D]
+    return torch.cat([torch.zeros(1, width), patches])[None]          # [1, N+1, D]; CLS stands nowhere: 0
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a CLS token. The defaults are timm's vit_tiny_patch16_224: same names, shapes and logits."""
+
+    def __init__(self, image_size: int = 224, patch_size: int = 16, num_classes: int = 1000, depth: int = 12,
+                 width: int = 192, heads: int = 3, drop_path: float = 0.0):
+        super().__init__()
+        self.patch_embed = PatchEmbed(patch_size, width)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.pos_embed = nn.Parameter(sincos_positions(image_size // patch_size, width))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))
+
+    def forward_taps(self, x: torch.Tensor, taps=(), classify=True) -> tuple[torch.Tensor | None, dict]:
+        """Images [B, 3, S, S] -> logits [B, K] and {block: (q, k, v)} of the blocks in `taps`.
+        Without `classify` it ends at the last tapped block's q, k, v, and the logits are None."""
+        tapped = {}
+        x = self.patch_embed(x)                                         # [B, N, D]
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed       # [B, N+1, D]
+        for i, block in enumerate(self.blocks):
+            qkv = block.qkv(x)
+            if i in taps:
+                tapped[i] = qkv
+            if not classify and i == max(taps):
+                return None, tapped
+            x = block(x, qkv)
+        return self.head(self.norm(x)[:, 0]), tapped                    # [B, N+1, D] -> CLS [B, D] -> [B, K]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, S, S] in [-1, 1] -> logits [B, K]."""
+        return self.forward_taps(x)[0]
+
+
+def build_student(cfg: Config, num_classes: int) -> VisionTransformer:
+    shape = STUDENTS[cfg.student] | dict(heads=cfg.heads, drop_path=cfg.drop_path)
+    return VisionTransformer(cfg.image_size, cfg.patch_size, num_classes, **shape)
+
+
+# %% 4. Teacher: a ResNet from torchvision's blocks, with torchvision's parameter names
+class ResNetTeacher(nn.Module):
+    """ResNet that also returns the feature map of each stage (layer1, layer2, ...).
+
+    Up to 64 pixels the stem is a 3x3 convolution without max-pool; above it is torchvision's, and resnet18/34
+    load its weights strictly. Shortcuts that change shape are 1x1 convolutions, as in torchvision.
+    """
+
+    def __init__(self, name: str, num_classes: int, image_size: int):
+        super().__init__()
+        counts, width = TEACHERS[name]
+        small = image_size <= 64
+        kernel, stride = (3, 1) if small else (7, 2)
+        self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        self.stages, channels = len(counts), width
+        for i, count in enumerate(counts):
+            out, layer = width * 2 ** i, []
+            for j in range(count):
+                stride = 2 if i > 0 and j == 0 else 1
+                shortcut = None if channels == out else nn.Sequential(
+                    nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                layer.append(BasicBlock(channels, out, stride, shortcut))
+                channels = out
+            self.add_module(f"layer{i + 1}", nn.Sequential(*layer))
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor, stop: int | None = None) -> tuple[torch.Tensor | None, list]:
+        """Images [B, 3, S, S] -> logits [B, K], the stages' maps [B, C, h, w]. stop: after so many."""
+        x, maps = self.maxpool(F.relu(self.bn1(self.conv1(x)))), []
+        for i in range(stop or self.stages):
+            x = self.get_submodule(f"layer{i + 1}")(x)
+            maps.append(x)
+        return (None if stop else self.fc(x.mean((2, 3)))), maps
+
+
+def freeze(teacher: ResNetTeacher) -> ResNetTeacher:
+    """No gradients; BatchNorm uses, and keeps, its running statistics. Nothing calls .train() on it again."""
+    return teacher.eval().requires_grad_(False)
+
+
+# %% 5. Stage 1, ALI: attention locality imitation
+def teacher_attention(features: torch.Tensor, grid: int, heads: int, tau: float = 0.2,
+                      shared: bool = False) -> torch.Tensor:
+    """The teacher's attention surrogate: feature map [B, C, h, w] -> [B, H, N, N], rows sum to 1. (Our own.)
+
+    Which patches look alike to the CNN? Bring the map to the patch grid, give each head a group of channels,
+    remove what all positions share, and compare every two of them: softmax over keys of cosine / tau. A map
+    coarser than the grid is enlarged bilinearly, which makes neighbours alike by construction.
+    """
+    features = features.float()
+    if features.shape[-1] > grid:
+        features = F.adaptive_avg_pool2d(features, grid)                # [B, C, g, g]
+    elif features.shape[-1] < grid:
+        features = F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
+    maps = []
+    for group in features.flatten(2).tensor_split(1 if shared else heads, dim=1):
+        group = F.normalize(group - group.mean(2, keepdim=True), dim=1)     # [B, ~C/H, N], of length 1
+        maps.append((group.transpose(1, 2) @ group / tau).softmax(-1))      # [B, N, N]
+    return torch.stack(maps, 1).expand(-1, heads, -1, -1)                   # [B, H, N, N]
+
+
+def relation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """log softmax(a bᵀ / sqrt(d)) over keys (MiniLMv2's relation): twice [B, H, N, d] -> [B, H, N, N]."""
+    return (a @ b.transpose(-2, -1) / math.sqrt(a.shape[-1])).float().log_softmax(-1)
+
+
+def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torch.Tensor:
+    """ALI for one (student block, teacher stage) pair: KL(teacher || student), one term per relation, added.
+
+    qkv: the block's q, k, v, each [B, H, N+1, d]; target: the teacher's maps [B, H, N, N]. The KL is summed
+    over keys and averaged over images, heads and queries (public code); 0 is perfect imitation. Scalar.
+    """
+    q, k, v = (t[:, :, 1:] for t in qkv)                                # patches only: a ResNet has no CLS
+    logs = {"qk": lambda: relation(q, k), "vv": lambda: relation(v, v)}
+    return sum(F.kl_div(logs[r](), target, reduction="none").sum(-1).mean() for r in relations.split("+"))
+
+
+def attention_distance(maps: torch.Tensor) -> torch.Tensor:
+    """Mean attention distance in patches (Raghu 2021): maps [..., N, N] -> [...]. Uniform on 8 x 8: 4.14."""
+    grid = math.isqrt(maps.shape[-1])
+    place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(maps)      # [N, 2]
+    return (maps * torch.cdist(place, place)).sum(-1).mean(-1)
+
+
+@torch.no_grad()
+def student_maps(student: VisionTransformer, images: torch.Tensor) -> list[torch.Tensor]:
+    """What patches attend to among patches: float images [B, 3, S, S] -> for each block [B, H, N, N]."""
+    _, tapped = student.forward_taps(images, range(len(student.blocks)), classify=False)
+    return [relation(q[:, :, 1:], k[:, :, 1:]).exp() for q, k, _ in tapped.values()]
+
+
+# %% 6. Stage 2, LM: logit mimicking
+def dkd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, alpha: float = 1.0,
+             beta: float = 4.0, temperature: float = 1.0) -> torch.Tensor:
+    """Decoupled knowledge distillation (Zhao 2022): T² (alpha TCKD + beta NCKD), mean over the batch. Scalar.
+
+    logits: [B, K] both; labels [B]. All in log space, so that neither loss nor gradient overflows however
+    sure the models are: log p_t is a log-softmax, log(1 - p_t) a logsumexp over the other classes.
+    """
+    def split(z):        # -> log b [B, 2] = (log p_t, log(1 - p_t)), log p̂ [B, K-1] among the other classes
+        z = (z if z.dtype == torch.float64 else z.float()) / temperature
+        other = torch.arange(z.shape[1] - 1, device=z.device)
+        other = z.gather(1, other + (other >= labels[:, None]))         # [B, K-1]: without the label's column
+        both = torch.stack([z.gather(1, labels[:, None])[:, 0], other.logsumexp(1)], 1)
+        return both.log_softmax(1), other.log_softmax(1)
+
+    (b_student, p_student), (b_teacher, p_teacher) = split(logits), split(teacher_logits)
+    tckd = F.kl_div(b_student, b_teacher, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(p_student, p_teacher, reduction="batchmean", log_target=True)
+    return temperature ** 2 * (alpha * tckd + beta * nckd)
+
+
+def lm_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, weight=1.0,
+            label_smoothing: float = 0.1, **dkd) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stage 2: cross-entropy + weight * DKD (`dkd`: its settings). Returns that total and its two terms."""
+    ce = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    mimic = dkd_loss(logits, teacher_logits, labels, **dkd)
+    return ce + weight * mimic, ce, mimic
+
+
+# %% 7. Curriculum: which loss in which epoch
+class Stage(NamedTuple):
+    name: str
+    ali: bool        # imitate the teacher's attention
+    labels: bool     # learn the labels
+    logits: bool     # learn the teacher's logits
+
+
+class Method(NamedTuple):
+    before: Stage    # in epochs 0 ... ali_epochs - 1
+    after: Stage     # from epoch ali_epochs on
+    lr: float        # peak learning rate
+
+
+ALI = Stage("ALI", ali=True, labels=False, logits=False)
+LM = Stage("LM", ali=False, labels=True, logits=True)
+JOINT = Stage("ALI+LM", ali=True, labels=True, logits=True)
+LABELS = Stage("labels", ali=False, labels=True, logits=False)
+METHODS = {
+    "scratch": Method(LABELS, LABELS, 1e-3),
+    "kd": Method(LM, LM, 1e-3),
+    "joint": Method(JOINT, JOINT, 1e-3),
+    "cikd": Method(ALI, LM, 1e-3),
+}
+
+
+def curriculum(method: str, epoch: int, ali_epochs: int) -> Stage:
+    """The switch: what is learned in this epoch, counted from 0. Each stage begins with a fresh optimizer."""
+    return METHODS[method].before if epoch < ali_epochs else METHODS[method].after
+
+
+def student_loss(stage: Stage, cfg: Config, student: VisionTransformer, teacher: ResNetTeacher | None,
+                 view: torch.Tensor, labels: torch.Tensor, ramp) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step's loss and, for the log, its terms [3]: ALI, CE, DKD. Teacher and student see the same crop.
+
+    view: that crop, float [B, 3, S, S] in [-1, 1]; labels [B], not looked at in ALI; ramp: the weight of DKD.
+    """
+    pairs, ali, ce, dkd = parse_pairs(cfg), *view.new_zeros(3)
+    teacher_logits, features = None, []
+    if stage.ali or stage.logits:
+        with torch.no_grad():                            # ALI needs no stage above the last one it imitates
+            teacher_logits, features = teacher(view, None if stage.logits else 1 + max(s for _, s in pairs))
+    seen = color_jitter(view, cfg.jitter) if stage.ali and not stage.labels else view
+    logits, qkv = student.forward_taps(seen, [b for b, _ in pairs] if stage.ali else (), stage.labels)
+
+    if stage.ali:
+        grid = cfg.image_size // cfg.patch_size
+        for block, layer in pairs:
+            maps = teacher_attention(features[layer], grid, cfg.heads, cfg.tau, cfg.teacher_maps == "shared")
+            ali = ali + ali_loss(qkv[block], maps, cfg.relations)
+    if stage.logits:
+        _, ce, dkd = lm_loss(logits, teacher_logits, labels, ramp, cfg.label_smoothing, alpha=cfg.dkd_alpha,
+                             beta=cfg.dkd_beta, temperature=cfg.dkd_temperature)
+    elif stage.labels:
+        ce = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.label_smoothing)
+    loss = ali + ce + ramp * dkd       # in ALI: ali; in LM: ce + ramp * dkd; a term that is not learned is 0
+    return loss, torch.stack([ali, ce, dkd]).detach()
+
+
+# %% 8. Training
+COLUMNS = ("stage", "epoch", "loss", "ali", "ce", "dkd", "lr", "accuracy", "attention_distance", "seconds",
+           "images_per_second")                      # of metrics.csv; the README explains each one
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{seconds:02} min"
+
+
+def status(text: str, last: bool = True) -> None:
+    """A line that replaces itself on a terminal; when piped, only the last one is printed."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+    elif last:
+        print(text, flush=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write beside, then rename: whatever bears its final name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def write_csv(path: Path, columns, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
+
+
+def write_json(path: Path, values: dict) -> None:
+    write_file(path, json.dumps(values, indent=1).encode())
+
+
+def save(path: Path, tensors: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write_file(path, buffer.getvalue())
+
+
+def load(path: str | Path) -> dict:
+    """Tensors and plain values only: weights_only refuses a pickle that would run code. Raises CIKDError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                       # torch raises whatever a broken file leads to
+        raise CIKDError(f"{path}: not a readable checkpoint ({one_line(error)[:150]})") from None
+
+
+def load_strictly(model: nn.Module, path: str | Path) -> None:
+    """Load a state dict that must fit exactly. Raises CIKDError that names what does not."""
+    state, own = load(path), model.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise CIKDError(f"{path}: holds no state dict, that is parameter names and tensors")
+    for name in own | state:
+        there, here = (list(d[name].shape) if name in d else "absent" for d in (state, own))
+        if there != here:
+            raise CIKDError(f"{path}: does not fit: {name} is {there} there but {here} in the model asked "
+                            "for; check the model's name, --image-size, --patch-size, number of classes")
+    model.load_state_dict(state)
+
+
+def seed_torch(*parts) -> None:
+    """Seed torch from (seed, phase, epoch), so that no generator state has to be saved to resume exactly."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big"))
+
+
+def autocast(device: torch.device):
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def batches(data: Data, cfg: Config, device: torch.device):
+    """One epoch of (views, float [B, 3, S, S]; labels [B]). Order and crops are drawn at once, on the CPU.
+
+    A last partial batch is dropped unless it is the only one, so that all steps have one shape.
+    """
+    n = len(data.train_labels)
+    size = min(cfg.batch_size, n)
+    order = torch.randperm(n)[: n // size * size].to(data.train_images.device)
+    crops = draw_crops(len(order), cfg.image_size, cfg.crop, cfg.crop_scale)
+    parts = [None] * (len(order) // size) if crops is None else crops.to(device).split(size)
+    for index, crop in zip(order.split(size), parts):
+        yield to_float(data.train_images[index].to(device), crop), data.train_labels[index].to(device)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, device="cpu",
+             batch_size: int = 500) -> float:
+    """Top-1 accuracy, percent, of a student or teacher in evaluation mode on uint8 images [n, 3, S, S]."""
+    training, correct, device = model.training, 0, torch.device(device)
+    model.eval()
+    for x, y in zip(images.split(batch_size), labels.split(batch_size)):
+        with autocast(device):
+            out = model(to_float(x.to(device)))
+        logits = out[0] if isinstance(out, tuple) else out          # a teacher also returns its maps
+        correct = correct + (logits.argmax(1) == y.to(device)).sum()
+    model.train(training)
+    return 100 * int(correct) / len(labels)
+
+
+def learning_rate(progress: float, peak: float, floor: float, warmup: float) -> float:
+    """Linear rise in the first `warmup` of a stage, then half a cosine to floor; progress in (0, 1]."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (progress - warmup) / max(1e-9, 1 - warmup))) / 2
+
+
+def adamw(student: VisionTransformer, cfg: Config, stage: Stage) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95); no decay on biases, norms, CLS and positions; in LM, lower layers may be slower."""
+    groups, top = {}, len(student.blocks) + 1        # layers: 0 embeddings, then blocks, then norm and head
+    for name, p in student.named_parameters():
+        part = name.split(".")
+        layer = int(part[1]) + 1 if part[0] == "blocks" else top if part[0] in ("norm", "head") else 0
+        decay = 0.0 if p.ndim == 1 or part[0] in ("cls_token", "pos_embed") else cfg.weight_decay
+        groups.setdefault((layer, decay), []).append(p)
+    slower = cfg.layer_decay if stage == LM else 1.0
+    return torch.optim.AdamW([dict(params=params, weight_decay=decay, peak=cfg.lr * slower ** (top - layer))
+                              for (layer, decay), params in groups.items()],
+                             lr=cfg.lr, betas=(0.9, 0.95), fused=student.head.weight.is_cuda)
+
+
+def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, device: torch.device, *,
+        seed: int, epochs: int, stage_of, optimizer_of, loss_of, measure) -> None:
+    """The training loop of teacher and student; keeps metrics.csv and last.pt in `folder`, goes on from it.
+
+    stage_of(epoch): what is learned; where it changes, optimizer_of(stage) starts afresh, with its schedule.
+    loss_of(stage, views, labels, epoch of the stage) -> loss, terms [3]; measure() -> more of the row.
+    Raises CIKDError on a loss that is not finite, before anything of that epoch is saved.
+    """
+    checkpoint = load(folder / "last.pt") if (folder / "last.pt").exists() else dict(rows=[])
+    rows, optimizer, began, first = checkpoint["rows"], None, time.monotonic(), len(checkpoint["rows"])
+    if rows:
+        model.load_state_dict(checkpoint["model"])
+        print(f"{phase}: going on after epoch {first} of {epochs}", flush=True)
+    for epoch in range(first, epochs):
+        stage = stage_of(epoch)
+        span = [e for e in range(epochs) if stage_of(e) == stage]
+        if optimizer is None or epoch == span[0]:
+            optimizer = optimizer_of(stage)
+            if epoch > span[0]:                      # resumed in mid-stage
+                optimizer.load_state_dict(checkpoint["optimizer"])
+        seed_torch(seed, phase, epoch)
+        model.train()
+        log, start, shown = [], time.monotonic(), 0.0
+        steps = max(1, len(data.train_labels) // cfg.batch_size)
+        for step, (views, labels) in enumerate(batches(data, cfg, device)):
+            progress = (epoch - span[0] + (step + 1) / steps) / len(span)
+            for group in optimizer.param_groups:
+                floor = min(cfg.min_lr, group["peak"])
+                group["lr"] = learning_rate(progress, group["peak"], floor, cfg.warmup)
+            with autocast(device):
+                loss, terms = loss_of(stage, views, labels, epoch - span[0])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            log.append(torch.cat([loss.detach().view(1), terms]))   # stays on the device until the epoch ends
+            now = time.monotonic()
+            if now > shown + 1:
+                shown = now
+                status(f"{stage.name:7} {epoch + 1:3}/{epochs}  step {step + 1}/{steps}", last=False)
+            whole = (now - start) / 3 * steps * (epochs - first)
+            if device.type == "cpu" and epoch == first and step == 2 and whole > 600:
+                status(f"{phase}: {epochs - first} epochs will take about {duration(whole)} on this CPU"
+                       + (f", then come {cfg.epochs} of the student" if phase == "teacher" else "")
+                       + "; shorter with --epochs, --teacher-epochs, --train-size or --student vit_micro")
+        log = torch.stack(log).double().cpu()        # [steps, 4]; the epoch's only wait for the device
+        seconds = time.monotonic() - start
+        if not log.isfinite().all():
+            bad = int((~log.isfinite().all(1)).nonzero()[0])
+            raise CIKDError(f"{stage.name}, epoch {epoch + 1}, step {bad + 1}: the loss is {log[bad, 0]:g}; "
+                            f"{folder} keeps the epoch before; a smaller learning rate usually helps")
+        loss, ali, ce, dkd = log.mean(0).tolist()
+        row = dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
+                   lr=max(group["lr"] for group in optimizer.param_groups), **measure(), seconds=seconds,
+                   images_per_second=len(log) * len(views) / seconds)
+        rows.append(row)
+        if epoch == span[-1] < epochs - 1:           # the switch comes next
+            save(folder / f"student_{stage.name.lower()}.pt", model.state_dict())
+        save(folder / "last.pt", dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rows=rows))
+        write_csv(folder / "metrics.csv", COLUMNS, rows)
+        left = (time.monotonic() - began) / (epoch + 1 - first) * (epochs - epoch - 1)
+        status(f"{stage.name:7} {epoch + 1:3}/{epochs}"
+               + "".join(f"  {name} {row[name]:.3f}" for name in ("ali", "ce", "dkd") if row[name])
+               + f"  lr {row['lr']:.1e}  accuracy {row['accuracy']:.1f} %"
+               + (f"  distance {row['attention_distance']:.2f}" if "attention_distance" in row else "")
+               + f"  {row['images_per_second']:.0f} images/s  ETA {duration(left)}")
+
+
+def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTeacher, Path]:
+    """The frozen teacher and the file of its weights: the user's own, one trained before, or trained now."""
+    seed_torch(cfg.data_seed, "teacher")
+    teacher = ResNetTeacher(cfg.teacher, len(data.classes), cfg.image_size)
+    path = Path(cfg.teacher_checkpoint or "")
+    if not cfg.teacher_checkpoint:                   # its folder is named by all that its training depends on
+        facts = {name: getattr(cfg, name) for name in (
+            "dataset", "image_size", "teacher", "teacher_epochs", "teacher_lr", "pretrained_teacher",
+            "batch_size", "crop", "crop_scale", "label_smoothing", "warmup", "min_lr", "data_seed")}
+        facts |= dict(data=data.fingerprint, classes=data.classes)
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+        path = Path(cfg.output_dir) / "teachers" / f"{cfg.dataset}-{cfg.teacher}-{key}" / "teacher.pt"
+        if not path.exists():
+            write_json(path.with_name("settings.json"), facts)
+            train_teacher(teacher.to(device), cfg, data, device, path)
+    load_strictly(teacher, path)
+    teacher = freeze(teacher).to(device)
+    if device.type == "cuda":
+        teacher = teacher.to(memory_format=torch.channels_last)
+    accuracy = evaluate(teacher, data.test_images, data.test_labels, device)
+    print(f"teacher: {cfg.teacher}, accuracy {accuracy:.1f} %, {path}", flush=True)
+    return teacher, path
+
+
+def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch.device, path: Path) -> None:
+    """Train a teacher on the labels and save it to `path`. Raises CIKDError."""
+    print(f"teacher: training {cfg.teacher} for {cfg.teacher_epochs} epochs in {path.parent}", flush=True)
+    if cfg.pretrained_teacher:
+        print("teacher: starts from ImageNet weights, so extra data is used", flush=True)
+        load_imagenet(teacher, cfg.teacher)
+
+    def loss_of(stage, views, labels, epoch):
+        ce = F.cross_entropy(teacher(views)[0].float(), labels, label_smoothing=cfg.label_smoothing)
+        return ce, torch.stack([0 * ce, ce, 0 * ce]).detach()
+
+    def sgd(stage):
+        return torch.optim.SGD([dict(params=list(teacher.parameters()), peak=cfg.teacher_lr)],
+                               lr=cfg.teacher_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+    fit("teacher", teacher, data, cfg, path.parent, device, seed=cfg.data_seed, epochs=cfg.teacher_epochs,
+        stage_of=lambda epoch: Stage("teacher", ali=False, labels=True, logits=False), optimizer_of=sgd,
+        loss_of=loss_of,
+        measure=lambda: dict(accuracy=evaluate(teacher, data.test_images, data.test_labels, device)))
+    save(path, teacher.state_dict())
+    path.with_name("last.pt").unlink()
+
+
+def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
+    """torchvision's ImageNet weights into all but the classifier, whose classes differ. Raises CIKDError."""
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+    except Exception as error:
+        raise CIKDError(f"--pretrained-teacher: the weights of {name} could not be downloaded "
+                        f"({one_line(error)}); leave it out, or give --teacher-checkpoint") from None
+    finally:
+        socket.setdefaulttimeout(None)
+    teacher.load_state_dict(weights | {f"fc.{k}": v for k, v in teacher.fc.state_dict().items()})
+
+
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """settings.json and the rows of metrics.csv, as text and maybe none, of a run. Raises CIKDError."""
+    try:
+        facts = json.loads((folder / "settings.json").read_text())
+        if not (folder / "metrics.csv").exists():
+            return facts, []
+        with open(folder / "metrics.csv", newline="") as file:
+            return facts, list(csv.DictReader(file))
+    except (OSError, ValueError) as error:
+        raise CIKDError(f"{folder}: holds no run ({one_line(error)})") from None
+
+
+def train(cfg: Config, data: Data | None = None) -> dict:
+    """Train one student by `cfg`, its teacher first if need be, and keep everything in the run's folder.
+
+    Goes on where an unfinished run of the same name and settings stopped; leaves a finished one as it is.
+    Returns dict(accuracy: percent after the last epoch, epochs, minutes: of training, folder). CIKDError.
+    """
+    cfg, began = resolve(cfg), time.monotonic()
+    folder = Path(cfg.resume or Path(cfg.output_dir) / cfg.run_name)
+    if cfg.overwrite:
+        for old in (*folder.glob("student*.pt"), folder / "last.pt", folder / "metrics.csv"):
+            old.unlink(missing_ok=True)
+    stored = None
+    if cfg.resume or (folder / "last.pt").exists() or (folder / "student.pt").exists():
+        stored = read_run(folder)[0]
+        changed = [f"{name} {stored['settings'][name]} -> {getattr(cfg, name)}" for name in RESULT_FIELDS
+                   if stored["settings"][name] != getattr(cfg, name)]
+        if changed:
+            raise CIKDError(f"{folder}: was begun with other settings: {', '.join(changed)}; use those, "
+                            "another --run-name, or --overwrite to start again")
+    if not (folder / "student.pt").exists():
+        data = data or load_dataset(cfg)
+        if stored and stored["data"] != data.fingerprint:
+            raise CIKDError(f"{folder}: was begun with other images; check --data-dir")
+        try:
+            train_student(cfg, data, folder)
+        except KeyboardInterrupt:
+            print(f"\nstopped; to go on: python cikd.py --resume {folder}", flush=True)
+            raise
+    rows = read_run(folder)[1]
+    result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows),
+                  minutes=sum(float(row["seconds"]) for row in rows) / 60, folder=str(folder))
+    print(f"{cfg.method} on {cfg.dataset}, seed {cfg.seed}: accuracy {result['accuracy']:.1f} % after "
+          f"{len(rows)} epochs ({duration(time.monotonic() - began)}); see {folder}", flush=True)
+    return result
+
+
+def train_student(cfg: Config, data: Data, folder: Path) -> None:
+    """The body of `train`: student, teacher, curriculum; leaves student.pt in `folder`."""
+    device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else
+                          "mps" if torch.backends.mps.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")       # TF32 on CUDA; nothing changes on a CPU
+    seed_torch(cfg.seed, "student")
+    student = build_student(cfg, len(data.classes)).to(device)
+    facts = dict(settings=asdict(replace(cfg, resume=None, overwrite=False)), classes=data.classes,
+                 data=data.fingerprint, extra_data=cfg.pretrained_teacher, torch=torch.__version__,
+                 device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
+    write_json(folder / "settings.json", facts)
+    save(folder / "student_init.pt", student.state_dict())
+    print(f"{folder}: {len(data.train_labels)} training and {len(data.test_labels)} test images, "
+          f"{len(data.classes)} classes, {sum(p.numel() for p in student.parameters()):,} parameters, on "
+          f"{facts['device']}\n  " + " ".join(f"{k}={getattr(cfg, k)}" for k in RESULT_FIELDS), flush=True)
+    tensors = {name: value for name, value in data._asdict().items() if isinstance(value, torch.Tensor)}
+    if device.type != "cuda" or sum(t.nbytes for t in tensors.values()) < torch.cuda.mem_get_info()[0] / 2:
+        data = data._replace(**{name: t.to(device) for name, t in tensors.items()})     # else: host memory
+    teacher = None
+    if cfg.method != "scratch":
+        teacher, path = get_teacher(cfg, data, device)
+        write_json(folder / "settings.json", facts | dict(teacher_file=str(path)))
+    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+    loss_fn = torch.compile(student_loss, dynamic=False) if compiled else student_loss
+    probe = data.test_images[:: max(1, len(data.test_images) // 64)][:64]
+
+    def loss_of(stage, views, labels, epoch):
+        ramp = torch.tensor(min(1.0, epoch / cfg.ramp_epochs) if cfg.ramp_epochs else 1.0, device=device)
+        return loss_fn(stage, cfg, student, teacher, views, labels, ramp)
+
+    def measure():
+        student.eval()
+        distances = [attention_distance(maps).mean() for x in probe.split(16)
+                     for maps in student_maps(student, to_float(x.to(device)))]
+        return dict(accuracy=evaluate(student, data.test_images, data.test_labels, device),
+                    attention_distance=float(torch.stack(distances).mean()))
+
+    fit("student", student, data, cfg, folder, device, seed=cfg.seed, epochs=cfg.epochs, loss_of=loss_of,
+        stage_of=lambda epoch: curriculum(cfg.method, epoch, cfg.ali_epochs),
+        optimizer_of=lambda stage: adamw(student, cfg, stage), measure=measure)
+    save(folder / "student.pt", student.state_dict())
+    (folder / "last.pt").unlink()
+
+
+# %% 9. Command line
+def train_many(cfg: Config) -> list[dict]:
+    """--compare, --seeds: each method with each seed, in one table. What is finished is not run again."""
+    results, data = [], load_dataset(resolve(cfg))
+    methods = list(METHODS) if cfg.compare else [cfg.method]
+    for seed in cfg.seeds or [cfg.seed]:
+        for method in methods:
+            one = replace(cfg, method=method, seed=seed, seeds=None, compare=False)
+            results.append(dict(method=method, seed=seed) | train(one, data))
+    name = default_name(replace(cfg, method="comparison", seed=0)).removesuffix("-seed0")
+    folder = Path(cfg.output_dir) / name
+    write_csv(folder / "comparison.csv", list(results[0]), results)
+    title = f"{cfg.dataset}, {results[0]['epochs']} epochs: a dot for each seed, bar: mean"
+    plot_comparison(results, methods, folder / "comparison.png", title)
+    print(f"\n{'method':8}  accuracy (%)  seeds  minutes")
+    for method in methods:
+        values = [r["accuracy"] for r in results if r["method"] == method]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        minutes = statistics.mean(r["minutes"] for r in results if r["method"] == method)
+        print(f"{method:8}  {f'{statistics.mean(values):.1f}{spread}':12}  {len(values):5}  {minutes:7.1f}")
+    print(f"see {folder / 'comparison.csv'} and {folder / 'comparison.png'}", flush=True)
+    return results
+
+
+def plot_comparison(results: list[dict], methods: list[str], path: Path, title: str) -> None:
+    """A dot for each run, a bar at each method's mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg     # only needed here, and slow to import
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for i, method in enumerate(methods):
+        values = [r["accuracy"] for r in results if r["method"] == method]
+        axes.plot([i] * len(values), values, "o", color="tab:blue", alpha=0.7)
+        axes.hlines(statistics.mean(values), i - 0.25, i + 0.25, color="black")
+        axes.annotate(f"{statistics.mean(values):.1f}", (i + 0.28, statistics.mean(values)), va="center")
+    axes.set(xticks=range(len(methods)), xticklabels=methods, xlim=(-0.5, len(methods) - 0.2),
+             ylabel="test accuracy after the last epoch (%)", title=title)
+    axes.grid(axis="y", alpha=0.3)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_file(path, buffer.getvalue())
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                        # one line, not a page of usage
+        raise CIKDError(f"{message} (python cikd.py --help lists all settings)")
+
+
+def make_parser() -> Parser:
+    """The command line, generated from Config. It yields only what was given."""
+    table = [["", *DataRow._fields[:8]], *([name, *row[:8]] for name, row in DATASETS.items())]
+    lines = "\n".join("".join(f"{cell!s:>15}" for cell in row) for row in table)
+    parser = Parser(prog="cikd.py", usage="python cikd.py [--SETTING VALUE ...]", allow_abbrev=False,
+                    description=__doc__.split("\n")[0], epilog=f"defaults of each data set:\n{lines}",
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind, choices = f.type.split(" ")[0], f.metadata["choices"]
+        if kind == "bool":
+            how = dict(action="store_true")
+        elif kind == "tuple[int,":
+            how = dict(nargs="+", type=int, metavar="INT")
+        else:
+            how = dict(type=dict(int=int, float=float, str=str)[kind])
+            how["metavar"] = "|".join(choices) or kind.upper()
+        default = "" if f.default in (None, False) else f" [{f.default}]"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **how)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 2 after an error the user can mend, 130: Ctrl-C."""
+    try:
+        given = vars(make_parser().parse_args(argv))
+        if given.get("resume"):
+            given = read_run(Path(given["resume"]))[0]["settings"] | given
+        cfg = Config(**given)
+        train_many(cfg) if cfg.compare or cfg.seeds else train(cfg)
+    except (CIKDError, OSError) as error:
+        print(f"cikd: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
