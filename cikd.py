@@ -78,7 +78,7 @@ PHOTO = (224, 16, "vit_tiny", 100, 100, 300, 128, "resized")
 TRAIN_TEST = ([dict(train=True)], [dict(train=False)])
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
 DATASETS = {
-    "shapes": DataRow(32, 4, "vit_micro", 4, 6, 18, 32, "none"),
+    "shapes": DataRow(32, 4, "vit_micro", 4, 5, 16, 32, "none"),
     "folder": DataRow(*PHOTO),
     "cifar10": DataRow(*SMALL, "CIFAR10", TRAIN_TEST, (50000, 10000),
                        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
@@ -891,7 +891,7 @@ def adamw(student: VisionTransformer, cfg: Config, stage: Stage) -> torch.optim.
     slower = cfg.layer_decay if stage == LM else 1.0
     return torch.optim.AdamW([dict(params=params, weight_decay=decay, peak=cfg.lr * slower ** (top - layer))
                               for (layer, decay), params in groups.items()],
-                             lr=cfg.lr, betas=(0.9, 0.95), fused=student.head.weight.is_cuda)
+                             lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
 def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, device: torch.device, *,
@@ -965,6 +965,7 @@ def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTe
     """The frozen teacher and the file of its weights: the user's own, one trained before, or trained now."""
     seed_torch(cfg.data_seed, "teacher")
     teacher = ResNetTeacher(cfg.teacher, len(data.classes), cfg.image_size)
+    teacher.to(memory_format=torch.channels_last)    # the faster layout for convolutions, on CPUs and GPUs
     path = Path(cfg.teacher_checkpoint or "")
     if not cfg.teacher_checkpoint:                   # its folder is named by all that its training depends on
         facts = {name: getattr(cfg, name) for name in (
@@ -978,8 +979,6 @@ def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTe
             train_teacher(teacher.to(device), cfg, data, device, path)
     load_strictly(teacher, path)
     teacher = freeze(teacher).to(device)
-    if device.type == "cuda":
-        teacher = teacher.to(memory_format=torch.channels_last)
     accuracy = evaluate(teacher, data.test_images, data.test_labels, device)
     print(f"teacher: {cfg.teacher}, accuracy {accuracy:.1f} %, {path}", flush=True)
     return teacher, path

@@ -73,7 +73,7 @@ BAD = [
     ("--heads", "0", "--heads"), ("--heads", "5", "does not divide vit_micro's width"), ("--drop-path", "1", "--drop-path"),
     ("--teacher-epochs", "0", "--teacher-epochs"), ("--teacher-lr", "0", "--teacher-lr"),
     ("--teacher-lr", "inf", "--teacher-lr"), ("--ali-epochs", "0", "--ali-epochs"),
-    ("--ali-epochs", "18", "no epoch for LM"), ("--epochs", "1 --method cikd", "no epoch for LM"),
+    ("--ali-epochs", "16", "no epoch for LM"), ("--epochs", "1 --method cikd", "no epoch for LM"),
     ("--tau", "0", "--tau"), ("--tau", "nan", "--tau"), ("--tau", "cold", "--tau"),
     ("--pairs", "", "--pairs"), ("--pairs", "0:4", "--pairs"), ("--pairs", "6:1", "--pairs"), ("--pairs", "first:1", "--pairs"),
     ("--pairs", "0:1;1:2", "--pairs"), ("--dkd-alpha", "-1", "--dkd-alpha"), ("--dkd-beta", "-1", "--dkd-beta"),
