@@ -1,7 +1,7 @@
 """CIKD, Curriculum Information Knowledge Distillation, in one file.
 
-A light Vision Transformer (ViT) trained on few images does not learn to look at neighbouring pixels first,
-which a CNN has built in. CIKD lets a trained CNN, here a ResNet, teach it, from easy to difficult:
+A light Vision Transformer (ViT) trained on few images is slow to learn what a CNN has built in: to look at
+neighbouring pixels first. CIKD lets a trained CNN, here a ResNet, teach it in two stages, the easy one first:
 
   1. ALI, Attention Locality Imitation: the student's self-attention imitates attention maps made from the
      teacher's low-level feature maps. No labels.
@@ -13,11 +13,12 @@ which a CNN has built in. CIKD lets a trained CNN, here a ResNet, teach it, from
     python cikd.py --help                        # every setting, its default and where it comes from
 
 Paper: "Patient teacher can impart locality to improve lightweight vision transformer on small dataset",
-Pattern Recognition, 2025. The public code's teacher is a fine-tuned ViT-B. A ResNet has no queries and keys,
-so ours gives a *surrogate* of an attention map (section 5).
+Pattern Recognition, 2025. Its public code distils a ViT-B. A ResNet has no queries and keys, so our teacher's
+attention map is a *surrogate* (section 5). In the help, "paper" means its abstract or its public code.
 
 Read from top to bottom; sections 3 to 7 are the method. Symbols in the shape comments:
-  B batch, S image side (pixels), N patches (a g x g grid), D width, H heads, d = D/H, C channels, K classes
+  B batch, S image side (pixels), N patches (a g x g grid), D width, H heads, d = D/H, C channels, K classes,
+  T temperature
 """
 
 # %% 1. Settings
@@ -106,7 +107,7 @@ TEACHERS = {  # blocks in each stage, channels of the first stage (each later st
 }
 
 
-def setting(default, help: str, low=None, high=None, choices=()):
+def setting(default, help: str, low=None, high=10**9, choices=()):
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=tuple(choices)))
 
 
@@ -130,24 +131,27 @@ class Config:
     image_size: int | None = setting(None, "side of the square images, pixels", 16, 1024)
     patch_size: int | None = setting(None, "side of a patch, pixels", 1)
     crop: str | None = setting(None, "in training: pad (shift by up to 1/8 of the side; our choice), resized "
-                               "(random area and aspect; paper), both with flips, or none",
+                               "(random area and aspect; paper, whose LM adds TrivialAugment), both with "
+                               "flips, or none",
                                choices=("pad", "resized", "none"))
     crop_scale: float = setting(0.2, "smallest area of a resized crop, a share (paper's ALI: 0.2)", 0.01, 1)
     jitter: float = setting(0.4, "brightness, contrast, saturation, student's copy in ALI only (paper)", 0, 1)
     # student
     student: str | None = setting(None, "vit_tiny: 12 blocks, width 192 (paper); vit_micro: 6, 64",
                                   choices=STUDENTS)
-    heads: int | None = setting(None, "attention heads of each block [3 in vit_tiny, 4 in vit_micro]", 1)
-    drop_path: float = setting(0.1, "stochastic depth of the last block, from 0 in the first (paper)", 0, 0.9)
+    heads: int | None = setting(None, "attention heads of each block (our choice; paper: 12, 6, 12) "
+                                "[3 in vit_tiny, 4 in vit_micro]", 1)
+    drop_path: float = setting(0.1, "stochastic depth of the last block, rising from 0 in the first (our "
+                               "choice; paper: 0.1 in the middle blocks)", 0, 0.9)
     # teacher
     teacher: str | None = setting(None, "ResNet (our choice) [resnet18 for vit_tiny, resnet20 for vit_micro]",
                                   choices=TEACHERS)
-    teacher_epochs: int | None = setting(None, "epochs of the teacher's own training", 1)
+    teacher_epochs: int | None = setting(None, "epochs of the teacher's own training (our choice)", 1)
     teacher_lr: float = setting(0.1, "its peak learning rate, SGD with Nesterov momentum (our choice)", 1e-9)
     teacher_checkpoint: str | None = setting(None, "your own trained teacher: a state dict for --teacher")
     pretrained_teacher: bool = setting(False, "start resnet18/34 from ImageNet weights: extra data")
     # stage 1, ALI
-    ali_epochs: int | None = setting(None, "epochs of stage 1; the switch comes after them", 1)
+    ali_epochs: int | None = setting(None, "epochs of stage 1; then comes the switch (paper: 300)", 1)
     tau: float = setting(0.2, "temperature of the teacher's attention surrogate (our choice)", 1e-3, 100)
     teacher_maps: str = setting("per_head", "a teacher map per head, from groups of channels, or one shared "
                                 "by all heads (our choice)", choices=("per_head", "shared"))
@@ -160,19 +164,21 @@ class Config:
     dkd_beta: float = setting(4.0, "weight of NCKD, the other classes among themselves (paper)", 0)
     dkd_temperature: float = setting(1.0, "softens both sets of logits in DKD (paper)", 0.01, 100)
     ramp_epochs: int = setting(5, "epochs of LM in which the weight of DKD rises from 0 to 1 (paper)", 0)
-    label_smoothing: float = setting(0.1, "of the cross-entropy, student and teacher (paper)", 0, 0.99)
+    label_smoothing: float = setting(0.1, "cross-entropy's, of student (paper) and teacher", 0, 0.99)
     # training
-    epochs: int | None = setting(None, "epochs of the student, both stages together", 1)
-    batch_size: int | None = setting(None, "images per step", 1)
+    epochs: int | None = setting(None, "epochs of the student, both stages together (paper: 600)", 1)
+    batch_size: int | None = setting(None, "images per step (paper: 256 in ALI, 512 in LM)", 1)
     lr: float | None = setting(None, "student's peak learning rate, AdamW [METHODS: 1e-3, paper]", 1e-9)
     min_lr: float = setting(1e-6, "learning rate at the end of a stage (paper's LM)", 0)
     warmup: float = setting(0.1, "share of a stage in which the learning rate rises (paper: 0.05)", 0, 1)
-    weight_decay: float = setting(0.05, "not on biases, norms, CLS token and positions (paper)", 0)
+    weight_decay: float = setting(0.05, "0.05: paper; not on biases, norms, CLS, positions: our choice", 0)
     layer_decay: float = setting(1.0, "in LM, learning rate factor from each block to the one below (paper: "
                                  "0.75; our choice: off)", 0.01, 1)
     # where and how
     output_dir: str = setting("runs", "where runs are kept")
     run_name: str | None = setting(None, "folder of the run [made from the settings given]")
+    snapshot_every: int = setting(0, "every so many epochs, keep what visualize_attention.py --gif needs; "
+                                  "0: never", 0)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
     resume: str | None = setting(None, "go on with the unfinished run in this folder, with its settings")
@@ -180,7 +186,8 @@ class Config:
 
 
 RESULT_FIELDS = [f.name for f in fields(Config) if f.name not in {          # those that can change the result
-    "compare", "seeds", "data_dir", "output_dir", "run_name", "device", "compile", "resume", "overwrite"}]
+    "compare", "seeds", "data_dir", "output_dir", "run_name", "snapshot_every", "device", "compile", "resume",
+    "overwrite"}]
 
 
 def resolve(cfg: Config) -> Config:
@@ -188,13 +195,11 @@ def resolve(cfg: Config) -> Config:
     for f in fields(cfg):
         value, low, high, choices = getattr(cfg, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
         for v in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
-            if choices and v not in choices or isinstance(v, float) and not math.isfinite(v) or \
-                    low is not None and v < low or high is not None and v > high:
-                allowed = f"one of {', '.join(choices)}" if choices else \
-                    " and ".join(f"at {k} {x}" for k, x in (("least", low), ("most", high)) if x is not None)
+            if choices and v not in choices or low is not None and not low <= v <= high:    # refuses nan too
+                allowed = f"one of {', '.join(choices)}" if choices else f"from {low} to {high}"
                 raise CIKDError(f"--{f.name.replace('_', '-')}: {v!r} is not allowed; it must be {allowed}")
     row, named, many = DATASETS[cfg.dataset], cfg.run_name, cfg.compare or cfg.seeds
-    cfg = replace(cfg, run_name=named or default_name(cfg))
+    cfg = replace(cfg, run_name=named or default_name(cfg))      # named before the None are filled in
     if cfg.epochs and cfg.ali_epochs is None:    # only the total is given: ALI keeps its share of the row
         cfg.ali_epochs = max(1, round(cfg.epochs * row.ali_epochs / row.epochs))
     for name in set(row._fields) & set(RESULT_FIELDS):
@@ -205,11 +210,11 @@ def resolve(cfg: Config) -> Config:
     cfg.lr = cfg.lr or METHODS[cfg.method].lr
     side, patch, width = cfg.image_size, cfg.patch_size, STUDENTS[cfg.student]["width"]
     for wrong, message in [
-        (side % patch, f"--patch-size: {patch} does not divide --image-size {side}"),
-        (side < 2 * patch, f"--patch-size: {patch} leaves one patch; {side // 2} is the most"),
+        (side % patch or side == patch,
+         f"--patch-size: {patch} does not cut --image-size {side} into 2 x 2 patches or more, without rest"),
         (width % cfg.heads, f"--heads: {cfg.heads} does not divide {cfg.student}'s width, {width}"),
         (cfg.ali_epochs >= cfg.epochs and (cfg.method == "cikd" or cfg.compare),
-         f"--ali-epochs: {cfg.ali_epochs} leaves no epoch for LM; it must be below --epochs, {cfg.epochs}"),
+         f"--epochs: {cfg.epochs} must be above --ali-epochs, {cfg.ali_epochs}, to leave an epoch for LM"),
         (cfg.teacher_checkpoint and not Path(cfg.teacher_checkpoint).is_file(),
          f"--teacher-checkpoint: there is no file {cfg.teacher_checkpoint}"),
         (cfg.pretrained_teacher and cfg.teacher_checkpoint,
@@ -232,7 +237,7 @@ def resolve(cfg: Config) -> Config:
 
 
 def default_name(cfg: Config) -> str:
-    """Folder of a run: data set, method, every setting that was given, seed."""
+    """Folder of a run: data set, method, every setting that is not the default, seed."""
     given = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if f.name in RESULT_FIELDS
              and f.name not in ("dataset", "method", "seed") and getattr(cfg, f.name) != f.default]
     data = Path(cfg.data_dir).resolve().name if cfg.dataset == "folder" else cfg.dataset
@@ -354,10 +359,10 @@ def load_folder(cfg: Config) -> list[tuple]:
             dataset = torchvision.datasets.ImageFolder(str(path), loader=open_image)
         except FileNotFoundError as error:
             raise CIKDError(f"{path}: {one_line(error)}") from None
-        images, labels = decode(dataset, cfg.image_size, str(path))
         classes = splits[0][2] if splits else dataset.classes
         if unknown := sorted(set(dataset.classes) - set(classes)):
             raise CIKDError(f"{path / unknown[0]}: a class that {train} lacks; add it there or remove this")
+        images, labels = decode(dataset, cfg.image_size, str(path))
         numbers = torch.tensor([classes.index(name) for name in dataset.classes])       # those of train
         splits.append((images, numbers[labels], classes))
     return splits
@@ -383,7 +388,8 @@ def load_torchvision(cfg: Config) -> list[tuple]:
         except OSError as error:
             raise CIKDError(f"{cfg.dataset}: the {name} images in {where} are incomplete "
                             f"({one_line(error)}); delete the extracted folder and run this again") from None
-        splits.append((images, labels, [c if isinstance(c, str) else c[0] for c in datasets[0].classes]))
+        classes = [c if isinstance(c, str) else c[0] for c in datasets[0].classes]      # Imagenette: synonyms
+        splits.append((images, labels, classes))
     return splits
 
 
@@ -404,7 +410,7 @@ def balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
     """A seeded order [n] of all images, every prefix of which is as class-balanced as the data allow."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class, counts = labels[order].argsort(stable=True), labels.bincount()
-    rank = torch.empty_like(order)                   # the how-manieth image of its class each one is
+    rank = torch.empty_like(order)                   # 0 for the first image of its class here, then 1, 2, ...
     rank[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return order[rank.argsort(stable=True)]
 
@@ -479,8 +485,8 @@ class Attention(nn.Module):
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, N+1, D] -> q, k, v, each [B, H, N+1, d]."""
-        B, T, D = x.shape
-        return self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        B, tokens, D = x.shape
+        return self.qkv(x).view(B, tokens, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """softmax(q kᵀ / sqrt(d)) v, then heads joined and mixed -> [B, N+1, D]. No map is ever stored."""
@@ -533,7 +539,7 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     frequency = 10000 ** -(torch.arange(width // 4) / (width // 4))
     angle = torch.arange(grid)[:, None] * frequency                     # [g, D/4]
     wave = torch.cat([angle.sin(), angle.cos()], 1)                     # [g, D/2]
-    x, y = wave.expand(grid, grid, -1), wave[:, None].expand(grid, grid, -1)
+    x, y = wave.expand(grid, grid, -1), wave[:, None].expand(grid, grid, -1)    # each [g, g, D/2]
     patches = torch.cat([x, y], 2).flatten(0, 1)                        # [g, g, D] -> [N, D]
     return torch.cat([torch.zeros(1, width), patches])[None]          # [1, N+1, D]; CLS stands nowhere: 0
 
@@ -555,7 +561,7 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))       # as one linear layer
 
     def forward_taps(self, x: torch.Tensor, taps=(), classify=True) -> tuple[torch.Tensor | None, dict]:
         """Images [B, 3, S, S] -> logits [B, K] and {block: (q, k, v)} of the blocks in `taps`.
@@ -614,7 +620,8 @@ class ResNetTeacher(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor, stop: int | None = None) -> tuple[torch.Tensor | None, list]:
-        """Images [B, 3, S, S] -> logits [B, K], the stages' maps [B, C, h, w]. stop: after so many."""
+        """Images [B, 3, S, S] -> logits [B, K] and each stage's map [B, C, h, w], h x w its own size.
+        With `stop`, only so many stages run, and the logits are None."""
         x, maps = self.maxpool(F.relu(self.bn1(self.conv1(x)))), []
         for i in range(stop or self.stages):
             x = self.get_submodule(f"layer{i + 1}")(x)
@@ -623,7 +630,7 @@ class ResNetTeacher(nn.Module):
 
 
 def freeze(teacher: ResNetTeacher) -> ResNetTeacher:
-    """No gradients; BatchNorm uses, and keeps, its running statistics. Nothing calls .train() on it again."""
+    """No gradients, evaluation mode for good: BatchNorm uses, and keeps, its running statistics."""
     return teacher.eval().requires_grad_(False)
 
 
@@ -636,14 +643,10 @@ def teacher_attention(features: torch.Tensor, grid: int, heads: int, tau: float 
     remove what all positions share, and compare every two of them: softmax over keys of cosine / tau. A map
     coarser than the grid is enlarged bilinearly, which makes neighbours alike by construction.
     """
-    features = features.float()
-    if features.shape[-1] > grid:
-        features = F.adaptive_avg_pool2d(features, grid)                # [B, C, g, g]
-    elif features.shape[-1] < grid:
-        features = F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
-    maps = []
+    mode = "area" if features.shape[-1] > grid else "bilinear"          # "area" is average pooling
+    features, maps = F.interpolate(features.float(), grid, mode=mode), []       # [B, C, g, g]
     for group in features.flatten(2).tensor_split(1 if shared else heads, dim=1):
-        group = F.normalize(group - group.mean(2, keepdim=True), dim=1)     # [B, ~C/H, N], of length 1
+        group = F.normalize(group - group.mean(2, keepdim=True), dim=1)     # [B, ~C/H, N], unit vectors
         maps.append((group.transpose(1, 2) @ group / tau).softmax(-1))      # [B, N, N]
     return torch.stack(maps, 1).expand(-1, heads, -1, -1)                   # [B, H, N, N]
 
@@ -657,25 +660,13 @@ def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torc
     """ALI for one (student block, teacher stage) pair: KL(teacher || student), one term per relation, added.
 
     qkv: the block's q, k, v, each [B, H, N+1, d]; target: the teacher's maps [B, H, N, N]. The KL is summed
-    over keys and averaged over images, heads and queries (public code); 0 is perfect imitation. Scalar.
+    over keys and averaged over images, heads and queries (paper); 0 is perfect imitation. Scalar.
+    In the paper q-k imitates the teacher's q-k, v-v its v-v; a ResNet has one surrogate, which both imitate.
     """
     q, k, v = (t[:, :, 1:] for t in qkv)                                # patches only: a ResNet has no CLS
-    logs = {"qk": lambda: relation(q, k), "vv": lambda: relation(v, v)}
-    return sum(F.kl_div(logs[r](), target, reduction="none").sum(-1).mean() for r in relations.split("+"))
-
-
-def attention_distance(maps: torch.Tensor) -> torch.Tensor:
-    """Mean attention distance in patches (Raghu 2021): maps [..., N, N] -> [...]. Uniform on 8 x 8: 4.14."""
-    grid = math.isqrt(maps.shape[-1])
-    place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(maps)      # [N, 2]
-    return (maps * torch.cdist(place, place)).sum(-1).mean(-1)
-
-
-@torch.no_grad()
-def student_maps(student: VisionTransformer, images: torch.Tensor) -> list[torch.Tensor]:
-    """What patches attend to among patches: float images [B, 3, S, S] -> for each block [B, H, N, N]."""
-    _, tapped = student.forward_taps(images, range(len(student.blocks)), classify=False)
-    return [relation(q[:, :, 1:], k[:, :, 1:]).exp() for q, k, _ in tapped.values()]
+    sides = {"qk": (q, k), "vv": (v, v)}
+    return sum(F.kl_div(relation(*sides[name]), target, reduction="none").sum(-1).mean()
+               for name in relations.split("+"))
 
 
 # %% 6. Stage 2, LM: logit mimicking
@@ -688,8 +679,8 @@ def dkd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.T
     """
     def split(z):        # -> log b [B, 2] = (log p_t, log(1 - p_t)), log p̂ [B, K-1] among the other classes
         z = (z if z.dtype == torch.float64 else z.float()) / temperature
-        other = torch.arange(z.shape[1] - 1, device=z.device)
-        other = z.gather(1, other + (other >= labels[:, None]))         # [B, K-1]: without the label's column
+        column = torch.arange(z.shape[1] - 1, device=z.device)
+        other = z.gather(1, column + (column >= labels[:, None]))       # [B, K-1]: without the label's column
         both = torch.stack([z.gather(1, labels[:, None])[:, 0], other.logsumexp(1)], 1)
         return both.log_softmax(1), other.log_softmax(1)
 
@@ -699,10 +690,13 @@ def dkd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.T
     return temperature ** 2 * (alpha * tckd + beta * nckd)
 
 
-def lm_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, weight=1.0,
+def lm_loss(logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor, weight=1.0,
             label_smoothing: float = 0.1, **dkd) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stage 2: cross-entropy + weight * DKD (`dkd`: its settings). Returns that total and its two terms."""
+    """Stage 2: cross-entropy + weight * DKD (`dkd`: its settings). Returns that total and its two terms.
+    Without a teacher's logits DKD is 0: learning from labels alone."""
     ce = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    if teacher_logits is None:
+        return ce, ce, torch.zeros_like(ce)
     mimic = dkd_loss(logits, teacher_logits, labels, **dkd)
     return ce + weight * mimic, ce, mimic
 
@@ -712,7 +706,7 @@ class Stage(NamedTuple):
     name: str
     ali: bool        # imitate the teacher's attention
     labels: bool     # learn the labels
-    logits: bool     # learn the teacher's logits
+    logits: bool     # learn the teacher's logits (with the labels, always)
 
 
 class Method(NamedTuple):
@@ -744,12 +738,12 @@ def student_loss(stage: Stage, cfg: Config, student: VisionTransformer, teacher:
 
     view: that crop, float [B, 3, S, S] in [-1, 1]; labels [B], not looked at in ALI; ramp: the weight of DKD.
     """
-    pairs, ali, ce, dkd = parse_pairs(cfg), *view.new_zeros(3)
-    teacher_logits, features = None, []
+    pairs, teacher_logits = parse_pairs(cfg), None
+    ali = lm = ce = dkd = view.new_zeros(())             # what a stage does not learn stays 0
     if stage.ali or stage.logits:
         with torch.no_grad():                            # ALI needs no stage above the last one it imitates
             teacher_logits, features = teacher(view, None if stage.logits else 1 + max(s for _, s in pairs))
-    seen = color_jitter(view, cfg.jitter) if stage.ali and not stage.labels else view
+    seen = color_jitter(view, cfg.jitter) if stage.ali and not stage.labels else view       # ALI alone
     logits, qkv = student.forward_taps(seen, [b for b, _ in pairs] if stage.ali else (), stage.labels)
 
     if stage.ali:
@@ -757,20 +751,14 @@ def student_loss(stage: Stage, cfg: Config, student: VisionTransformer, teacher:
         for block, layer in pairs:
             maps = teacher_attention(features[layer], grid, cfg.heads, cfg.tau, cfg.teacher_maps == "shared")
             ali = ali + ali_loss(qkv[block], maps, cfg.relations)
-    if stage.logits:
-        _, ce, dkd = lm_loss(logits, teacher_logits, labels, ramp, cfg.label_smoothing, alpha=cfg.dkd_alpha,
-                             beta=cfg.dkd_beta, temperature=cfg.dkd_temperature)
-    elif stage.labels:
-        ce = F.cross_entropy(logits.float(), labels, label_smoothing=cfg.label_smoothing)
-    loss = ali + ce + ramp * dkd       # in ALI: ali; in LM: ce + ramp * dkd; a term that is not learned is 0
+    if stage.labels:
+        lm, ce, dkd = lm_loss(logits, teacher_logits, labels, ramp, cfg.label_smoothing, alpha=cfg.dkd_alpha,
+                              beta=cfg.dkd_beta, temperature=cfg.dkd_temperature)
+    loss = ali + lm                                      # stage 1: ali; stage 2: lm; both at once: joint
     return loss, torch.stack([ali, ce, dkd]).detach()
 
 
 # %% 8. Training
-COLUMNS = ("stage", "epoch", "loss", "ali", "ce", "dkd", "lr", "accuracy", "attention_distance", "seconds",
-           "images_per_second")                      # of metrics.csv; the README explains each one
-
-
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -788,30 +776,26 @@ def status(text: str, last: bool = True) -> None:
         print(text, flush=True)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write beside, then rename: whatever bears its final name is whole."""
+def save(path: Path, content) -> None:
+    """Write bytes, a list of rows (.csv), a dict of values (.json) or of tensors (.pt), as `path` ends.
+
+    First into memory, then beside, then renamed: whatever bears its final name is whole.
+    """
+    memory = io.BytesIO(content if isinstance(content, bytes) else b"")
+    if path.suffix == ".csv":
+        text = io.TextIOWrapper(memory, newline="", write_through=True)
+        writer = csv.DictWriter(text, list(content[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(content)
+        text.detach()
+    elif path.suffix == ".json":
+        memory.write(json.dumps(content, indent=1).encode())
+    elif path.suffix == ".pt":
+        torch.save(content, memory)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(content)
+    beside.write_bytes(memory.getvalue())
     os.replace(beside, path)
-
-
-def write_csv(path: Path, columns, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
-
-
-def write_json(path: Path, values: dict) -> None:
-    write_file(path, json.dumps(values, indent=1).encode())
-
-
-def save(path: Path, tensors: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    write_file(path, buffer.getvalue())
 
 
 def load(path: str | Path) -> dict:
@@ -824,15 +808,11 @@ def load(path: str | Path) -> dict:
 
 def load_strictly(model: nn.Module, path: str | Path) -> None:
     """Load a state dict that must fit exactly. Raises CIKDError that names what does not."""
-    state, own = load(path), model.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise CIKDError(f"{path}: holds no state dict, that is parameter names and tensors")
-    for name in own | state:
-        there, here = (list(d[name].shape) if name in d else "absent" for d in (state, own))
-        if there != here:
-            raise CIKDError(f"{path}: does not fit: {name} is {there} there but {here} in the model asked "
-                            "for; check the model's name, --image-size, --patch-size, number of classes")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(load(path))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise CIKDError(f"{path}: does not fit ({one_line(error)[:250]} ...); check the model's name, "
+                        "--image-size, --patch-size and the number of classes") from None
 
 
 def seed_torch(*parts) -> None:
@@ -845,9 +825,10 @@ def autocast(device: torch.device):
 
 
 def batches(data: Data, cfg: Config, device: torch.device):
-    """One epoch of (views, float [B, 3, S, S]; labels [B]). Order and crops are drawn at once, on the CPU.
+    """One epoch of (views, float [B, 3, S, S]; labels [B]), the same on every device.
 
-    A last partial batch is dropped unless it is the only one, so that all steps have one shape.
+    Order and crops are drawn at once, on the CPU. A last partial batch is dropped unless it is the
+    only one, so that all steps have one shape.
     """
     n = len(data.train_labels)
     size = min(cfg.batch_size, n)
@@ -873,6 +854,33 @@ def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, devic
     return 100 * int(correct) / len(labels)
 
 
+def attention_distance(maps: torch.Tensor) -> torch.Tensor:
+    """Mean attention distance in patches (Raghu 2021): maps [..., N, N] -> [...]. Uniform on 8 x 8: 4.14."""
+    grid = math.isqrt(maps.shape[-1])
+    place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(maps)      # [N, 2]
+    return (maps * torch.cdist(place, place)).sum(-1).mean(-1)
+
+
+def attention_kernels(maps: torch.Tensor) -> torch.Tensor:
+    """Attention by offset from query to key (Cordonnier 2020): maps [..., N, N] -> [..., 2g-1, 2g-1].
+
+    Summed over queries, divided by how many have a key at that offset; the centre is offset (0, 0).
+    """
+    grid = math.isqrt(maps.shape[-1])
+    place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))            # [N, 2]
+    offset = place - place[:, None] + grid - 1                                    # [N, N, 2], key minus query
+    offset = (offset @ torch.tensor([2 * grid - 1, 1])).flatten().to(maps.device)   # [N * N], numbered
+    total = maps.new_zeros(*maps.shape[:-2], (2 * grid - 1) ** 2).index_add(-1, offset, maps.flatten(-2))
+    return (total / offset.bincount()).unflatten(-1, (2 * grid - 1, 2 * grid - 1))
+
+
+@torch.no_grad()
+def student_maps(student: VisionTransformer, images: torch.Tensor) -> list[torch.Tensor]:
+    """What patches attend to among patches: float images [B, 3, S, S] -> for each block [B, H, N, N]."""
+    _, tapped = student.forward_taps(images, range(len(student.blocks)), classify=False)
+    return [relation(q[:, :, 1:], k[:, :, 1:]).exp() for q, k, _ in tapped.values()]
+
+
 def learning_rate(progress: float, peak: float, floor: float, warmup: float) -> float:
     """Linear rise in the first `warmup` of a stage, then half a cosine to floor; progress in (0, 1]."""
     if progress < warmup:
@@ -895,36 +903,37 @@ def adamw(student: VisionTransformer, cfg: Config, stage: Stage) -> torch.optim.
 
 
 def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, device: torch.device, *,
-        seed: int, epochs: int, stage_of, optimizer_of, loss_of, measure) -> None:
+        seed: int, plan: list[Stage], optimizer_of, loss_of, measure) -> None:
     """The training loop of teacher and student; keeps metrics.csv and last.pt in `folder`, goes on from it.
 
-    stage_of(epoch): what is learned; where it changes, optimizer_of(stage) starts afresh, with its schedule.
-    loss_of(stage, views, labels, epoch of the stage) -> loss, terms [3]; measure() -> more of the row.
+    plan: the stage of each epoch; where it changes, optimizer_of(stage) and its schedule start afresh.
+    loss_of(stage, views, labels, epoch of the stage) -> loss, terms [3]; measure(epoch) -> more of the row.
     Raises CIKDError on a loss that is not finite, before anything of that epoch is saved.
     """
     checkpoint = load(folder / "last.pt") if (folder / "last.pt").exists() else dict(rows=[])
-    rows, optimizer, began, first = checkpoint["rows"], None, time.monotonic(), len(checkpoint["rows"])
+    rows, optimizer, began = checkpoint["rows"], None, time.monotonic()
+    first, epochs = len(rows), len(plan)
     if rows:
         model.load_state_dict(checkpoint["model"])
         print(f"{phase}: going on after epoch {first} of {epochs}", flush=True)
     for epoch in range(first, epochs):
-        stage = stage_of(epoch)
-        span = [e for e in range(epochs) if stage_of(e) == stage]
-        if optimizer is None or epoch == span[0]:
+        stage = plan[epoch]
+        length, stage_epoch = plan.count(stage), epoch - plan.index(stage)
+        if optimizer is None or stage_epoch == 0:
             optimizer = optimizer_of(stage)
-            if epoch > span[0]:                      # resumed in mid-stage
+            if stage_epoch > 0:                      # resumed in mid-stage
                 optimizer.load_state_dict(checkpoint["optimizer"])
         seed_torch(seed, phase, epoch)
         model.train()
         log, start, shown = [], time.monotonic(), 0.0
         steps = max(1, len(data.train_labels) // cfg.batch_size)
         for step, (views, labels) in enumerate(batches(data, cfg, device)):
-            progress = (epoch - span[0] + (step + 1) / steps) / len(span)
+            progress = (stage_epoch + (step + 1) / steps) / length
             for group in optimizer.param_groups:
                 floor = min(cfg.min_lr, group["peak"])
                 group["lr"] = learning_rate(progress, group["peak"], floor, cfg.warmup)
             with autocast(device):
-                loss, terms = loss_of(stage, views, labels, epoch - span[0])
+                loss, terms = loss_of(stage, views, labels, stage_epoch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -938,7 +947,7 @@ def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, dev
                 status(f"{phase}: {epochs - first} epochs will take about {duration(whole)} on this CPU"
                        + (f", then come {cfg.epochs} of the student" if phase == "teacher" else "")
                        + "; shorter with --epochs, --teacher-epochs, --train-size or --student vit_micro")
-        log = torch.stack(log).double().cpu()        # [steps, 4]; the epoch's only wait for the device
+        log = torch.stack(log).cpu().double()        # [steps, 4]; the epoch's only wait for the device
         seconds = time.monotonic() - start
         if not log.isfinite().all():
             bad = int((~log.isfinite().all(1)).nonzero()[0])
@@ -946,13 +955,13 @@ def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, dev
                             f"{folder} keeps the epoch before; a smaller learning rate usually helps")
         loss, ali, ce, dkd = log.mean(0).tolist()
         row = dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
-                   lr=max(group["lr"] for group in optimizer.param_groups), **measure(), seconds=seconds,
+                   lr=max(group["lr"] for group in optimizer.param_groups), **measure(epoch), seconds=seconds,
                    images_per_second=len(log) * len(views) / seconds)
         rows.append(row)
-        if epoch == span[-1] < epochs - 1:           # the switch comes next
+        if stage_epoch == length - 1 and epoch < epochs - 1:        # the switch comes next
             save(folder / f"student_{stage.name.lower()}.pt", model.state_dict())
+        save(folder / "metrics.csv", rows)
         save(folder / "last.pt", dict(model=model.state_dict(), optimizer=optimizer.state_dict(), rows=rows))
-        write_csv(folder / "metrics.csv", COLUMNS, rows)
         left = (time.monotonic() - began) / (epoch + 1 - first) * (epochs - epoch - 1)
         status(f"{stage.name:7} {epoch + 1:3}/{epochs}"
                + "".join(f"  {name} {row[name]:.3f}" for name in ("ali", "ce", "dkd") if row[name])
@@ -975,7 +984,7 @@ def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTe
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
         path = Path(cfg.output_dir) / "teachers" / f"{cfg.dataset}-{cfg.teacher}-{key}" / "teacher.pt"
         if not path.exists():
-            write_json(path.with_name("settings.json"), facts)
+            save(path.with_name("settings.json"), facts)
             train_teacher(teacher.to(device), cfg, data, device, path)
     load_strictly(teacher, path)
     teacher = freeze(teacher).to(device)
@@ -991,7 +1000,7 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
         print("teacher: starts from ImageNet weights, so extra data is used", flush=True)
         load_imagenet(teacher, cfg.teacher)
 
-    def loss_of(stage, views, labels, epoch):
+    def loss_of(stage, views, labels, stage_epoch):
         ce = F.cross_entropy(teacher(views)[0].float(), labels, label_smoothing=cfg.label_smoothing)
         return ce, torch.stack([0 * ce, ce, 0 * ce]).detach()
 
@@ -999,10 +1008,10 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
         return torch.optim.SGD([dict(params=list(teacher.parameters()), peak=cfg.teacher_lr)],
                                lr=cfg.teacher_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    fit("teacher", teacher, data, cfg, path.parent, device, seed=cfg.data_seed, epochs=cfg.teacher_epochs,
-        stage_of=lambda epoch: Stage("teacher", ali=False, labels=True, logits=False), optimizer_of=sgd,
+    fit("teacher", teacher, data, cfg, path.parent, device, seed=cfg.data_seed,
+        plan=[Stage("teacher", ali=False, labels=True, logits=False)] * cfg.teacher_epochs, optimizer_of=sgd,
         loss_of=loss_of,
-        measure=lambda: dict(accuracy=evaluate(teacher, data.test_images, data.test_labels, device)))
+        measure=lambda epoch: dict(accuracy=evaluate(teacher, data.test_images, data.test_labels, device)))
     save(path, teacher.state_dict())
     path.with_name("last.pt").unlink()
 
@@ -1021,7 +1030,7 @@ def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """settings.json and the rows of metrics.csv, as text and maybe none, of a run. Raises CIKDError."""
+    """settings.json of a run and the rows of metrics.csv (text; none before the first epoch). CIKDError."""
     try:
         facts = json.loads((folder / "settings.json").read_text())
         if not (folder / "metrics.csv").exists():
@@ -1036,13 +1045,14 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     """Train one student by `cfg`, its teacher first if need be, and keep everything in the run's folder.
 
     Goes on where an unfinished run of the same name and settings stopped; leaves a finished one as it is.
-    Returns dict(accuracy: percent after the last epoch, epochs, minutes: of training, folder). CIKDError.
+    Returns dict(accuracy: percent, last epoch; epochs; minutes: of training; folder). Raises CIKDError.
     """
     cfg, began = resolve(cfg), time.monotonic()
     folder = Path(cfg.resume or Path(cfg.output_dir) / cfg.run_name)
     if cfg.overwrite:
-        for old in (*folder.glob("student*.pt"), folder / "last.pt", folder / "metrics.csv"):
-            old.unlink(missing_ok=True)
+        for name in ("student*.pt", "last.pt", "metrics.csv", "kernels/*"):
+            for old in folder.glob(name):
+                old.unlink()
     stored = None
     if cfg.resume or (folder / "last.pt").exists() or (folder / "student.pt").exists():
         stored = read_run(folder)[0]
@@ -1072,13 +1082,14 @@ def train_student(cfg: Config, data: Data, folder: Path) -> None:
     """The body of `train`: student, teacher, curriculum; leaves student.pt in `folder`."""
     device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else
                           "mps" if torch.backends.mps.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")       # TF32 on CUDA; nothing changes on a CPU
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")   # TF32
     seed_torch(cfg.seed, "student")
     student = build_student(cfg, len(data.classes)).to(device)
     facts = dict(settings=asdict(replace(cfg, resume=None, overwrite=False)), classes=data.classes,
                  data=data.fingerprint, extra_data=cfg.pretrained_teacher, torch=torch.__version__,
                  device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
-    write_json(folder / "settings.json", facts)
+    save(folder / "settings.json", facts)
     save(folder / "student_init.pt", student.state_dict())
     print(f"{folder}: {len(data.train_labels)} training and {len(data.test_labels)} test images, "
           f"{len(data.classes)} classes, {sum(p.numel() for p in student.parameters()):,} parameters, on "
@@ -1089,25 +1100,32 @@ def train_student(cfg: Config, data: Data, folder: Path) -> None:
     teacher = None
     if cfg.method != "scratch":
         teacher, path = get_teacher(cfg, data, device)
-        write_json(folder / "settings.json", facts | dict(teacher_file=str(path)))
+        save(folder / "settings.json", facts | dict(teacher_file=str(path)))
     compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
     loss_fn = torch.compile(student_loss, dynamic=False) if compiled else student_loss
     probe = data.test_images[:: max(1, len(data.test_images) // 64)][:64]
 
-    def loss_of(stage, views, labels, epoch):
-        ramp = torch.tensor(min(1.0, epoch / cfg.ramp_epochs) if cfg.ramp_epochs else 1.0, device=device)
+    def loss_of(stage, views, labels, stage_epoch):
+        ramp = min(1.0, stage_epoch / cfg.ramp_epochs) if cfg.ramp_epochs else 1.0
+        ramp = torch.full((), ramp, device=device)   # a tensor: torch.compile need not compile for each value
         return loss_fn(stage, cfg, student, teacher, views, labels, ramp)
 
-    def measure():
+    def measure(epoch):
         student.eval()
-        distances = [attention_distance(maps).mean() for x in probe.split(16)
-                     for maps in student_maps(student, to_float(x.to(device)))]
+        parts = [student_maps(student, to_float(x.to(device))) for x in probe.split(16)]     # [part][block]
+        if cfg.snapshot_every and (epoch + 1) % cfg.snapshot_every == 0:
+            kernels = [attention_kernels(torch.cat(maps)).mean(0) for maps in zip(*parts)]
+            kernels = dict(kernels=torch.stack(kernels).cpu().half())       # [blocks, H, 2g-1, 2g-1]
+            save(folder / "kernels" / f"epoch_{epoch + 1:04}.pt", kernels)
+        distance = torch.stack([attention_distance(maps).mean() for part in parts for maps in part]).mean()
         return dict(accuracy=evaluate(student, data.test_images, data.test_labels, device),
-                    attention_distance=float(torch.stack(distances).mean()))
+                    attention_distance=float(distance))
 
-    fit("student", student, data, cfg, folder, device, seed=cfg.seed, epochs=cfg.epochs, loss_of=loss_of,
-        stage_of=lambda epoch: curriculum(cfg.method, epoch, cfg.ali_epochs),
-        optimizer_of=lambda stage: adamw(student, cfg, stage), measure=measure)
+    if cfg.snapshot_every and not (folder / "last.pt").exists():
+        measure(-1)
+    fit("student", student, data, cfg, folder, device, seed=cfg.seed, loss_of=loss_of, measure=measure,
+        plan=[curriculum(cfg.method, epoch, cfg.ali_epochs) for epoch in range(cfg.epochs)],
+        optimizer_of=lambda stage: adamw(student, cfg, stage))
     save(folder / "student.pt", student.state_dict())
     (folder / "last.pt").unlink()
 
@@ -1121,9 +1139,9 @@ def train_many(cfg: Config) -> list[dict]:
         for method in methods:
             one = replace(cfg, method=method, seed=seed, seeds=None, compare=False)
             results.append(dict(method=method, seed=seed) | train(one, data))
-    name = default_name(replace(cfg, method="comparison", seed=0)).removesuffix("-seed0")
-    folder = Path(cfg.output_dir) / name
-    write_csv(folder / "comparison.csv", list(results[0]), results)
+    name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds", seed=0))
+    folder = Path(cfg.output_dir) / name.removesuffix("-seed0")
+    save(folder / "comparison.csv", results)
     title = f"{cfg.dataset}, {results[0]['epochs']} epochs: a dot for each seed, bar: mean"
     plot_comparison(results, methods, folder / "comparison.png", title)
     print(f"\n{'method':8}  accuracy (%)  seeds  minutes")
@@ -1148,16 +1166,16 @@ def plot_comparison(results: list[dict], methods: list[str], path: Path, title: 
         axes.hlines(statistics.mean(values), i - 0.25, i + 0.25, color="black")
         axes.annotate(f"{statistics.mean(values):.1f}", (i + 0.28, statistics.mean(values)), va="center")
     axes.set(xticks=range(len(methods)), xticklabels=methods, xlim=(-0.5, len(methods) - 0.2),
-             ylabel="test accuracy after the last epoch (%)", title=title)
+             ylabel="accuracy after the last epoch (%)", title=title)
     axes.grid(axis="y", alpha=0.3)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    write_file(path, buffer.getvalue())
+    save(path, buffer.getvalue())
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):                        # one line, not a page of usage
-        raise CIKDError(f"{message} (python cikd.py --help lists all settings)")
+        raise CIKDError(f"{message} (python {self.prog} --help lists all that can be given)")
 
 
 def make_parser() -> Parser:
@@ -1168,7 +1186,7 @@ def make_parser() -> Parser:
                     description=__doc__.split("\n")[0], epilog=f"defaults of each data set:\n{lines}",
                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        kind, choices = f.type.split(" ")[0], f.metadata["choices"]
+        kind, choices = f.type.split(" ")[0], f.metadata["choices"]         # "int | None" -> "int"
         if kind == "bool":
             how = dict(action="store_true")
         elif kind == "tuple[int,":
@@ -1188,7 +1206,10 @@ def main(argv: list[str] | None = None) -> int:
         if given.get("resume"):
             given = read_run(Path(given["resume"]))[0]["settings"] | given
         cfg = Config(**given)
-        train_many(cfg) if cfg.compare or cfg.seeds else train(cfg)
+        if cfg.compare or cfg.seeds:
+            train_many(cfg)
+        else:
+            train(cfg)
     except (CIKDError, OSError) as error:
         print(f"cikd: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -1198,4 +1219,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if hasattr(sys, "ps1"):                          # cells run one by one; sys.argv is the session's
+        print('try: train(Config(dataset="shapes")), or main(["--dataset", "shapes"])')
+    else:
+        sys.exit(main())
