@@ -32,6 +32,8 @@ import io
 import json
 import math
 import os
+import pickle
+import shlex
 import socket
 import statistics
 import sys
@@ -107,7 +109,7 @@ TEACHERS = {  # blocks in each stage, channels of the first stage (each later st
 }
 
 
-def setting(default, help: str, low=None, high=10**9, choices=()):
+def setting(default, help: str, low=None, high=10**7, choices=()):
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=tuple(choices)))
 
 
@@ -190,13 +192,23 @@ RESULT_FIELDS = [f.name for f in fields(Config) if f.name not in {          # th
     "overwrite"}]
 
 
+KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool}
+
+
+def kind_of(f) -> str:
+    """A field's type as a key of KINDS: "int | None" and "tuple[int, ...] | None" are "int"."""
+    return f.type.removeprefix("tuple[").split(" ")[0].rstrip(",")
+
+
 def resolve(cfg: Config) -> Config:
     """A checked copy with every None filled in. Raises CIKDError that names the setting."""
     for f in fields(cfg):
         value, low, high, choices = getattr(cfg, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
         for v in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
-            if choices and v not in choices or low is not None and not low <= v <= high:    # refuses nan too
-                allowed = f"one of {', '.join(choices)}" if choices else f"from {low} to {high}"
+            if not isinstance(v, KINDS[kind_of(f)]) or v == "" or choices and v not in choices or \
+                    low is not None and not low <= v <= high:       # refuses nan too
+                allowed = f"one of {', '.join(choices)}" if choices else kind_of(f) if low is None else \
+                    f"{kind_of(f)} from {low} to {high}"
                 raise CIKDError(f"--{f.name.replace('_', '-')}: {v!r} is not allowed; it must be {allowed}")
     row, named, many = DATASETS[cfg.dataset], cfg.run_name, cfg.compare or cfg.seeds
     cfg = replace(cfg, run_name=named or default_name(cfg))      # named before the None are filled in
@@ -242,7 +254,8 @@ def default_name(cfg: Config) -> str:
              and f.name not in ("dataset", "method", "seed") and getattr(cfg, f.name) != f.default]
     data = Path(cfg.data_dir).resolve().name if cfg.dataset == "folder" else cfg.dataset
     name = "-".join([data, cfg.method, *given, f"seed{cfg.seed}"]).replace(os.sep, "_")
-    return name if len(name) <= 120 else name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    long = len(os.fsencode(name)) > 150
+    return name[:60] + "-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8] if long else name
 
 
 def parse_pairs(cfg: Config) -> list[tuple[int, int]]:
@@ -253,6 +266,10 @@ def parse_pairs(cfg: Config) -> list[tuple[int, int]]:
         if not (block.isdecimal() and stage.isdecimal() and int(block) < depth and 1 <= int(stage) <= stages):
             raise CIKDError(f"--pairs: {part!r} is not BLOCK:STAGE; BLOCK must be from 0 to {depth - 1}, or "
                             f"last, STAGE from 1 to {stages}")
+        channels = TEACHERS[cfg.teacher][1] * 2 ** (int(stage) - 1)
+        if cfg.teacher_maps == "per_head" and cfg.heads > channels:
+            raise CIKDError(f"--heads: {cfg.heads} are more than the {channels} channels of {cfg.teacher}'s "
+                            f"stage {stage}; use fewer, or --teacher-maps shared")
         pairs.append((int(block), int(stage) - 1))
     return pairs
 
@@ -309,8 +326,10 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.
 def to_rgb(image: Image.Image, size: int) -> torch.Tensor:
     """Any PIL image -> uint8 [3, size, size]: upright, RGB, alpha over white, middle square, resized."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                   # 16-bit grey: Pillow's convert would clip, not scale
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):     # deep grey: Pillow would clip, not scale
+        grey = np.asarray(image, np.float64)
+        top = 65535 if image.mode != "F" else 1 if grey.max() <= 1 else 255
+        image = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -324,7 +343,7 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CIKDError(f"{path}: not a readable image ({one_line(error)}); mend or remove it") from None
 
 
@@ -347,6 +366,12 @@ def decode(dataset, size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return images, labels
 
 
+class Folder(torchvision.datasets.ImageFolder):
+    def find_classes(self, directory):               # .ipynb_checkpoints and the like are no classes
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
 def load_folder(cfg: Config) -> list[tuple]:
     """(images, labels, classes) of the user's DIR/train and of DIR/test or DIR/val, read by ImageFolder."""
     train, test, val = (Path(cfg.data_dir) / name for name in ("train", "test", "val"))
@@ -356,7 +381,7 @@ def load_folder(cfg: Config) -> list[tuple]:
             raise CIKDError(f"{path}: no such folder; --dataset folder reads DIR/train/CLASS/ and "
                             "DIR/test/CLASS/ (or DIR/val/CLASS/) of --data-dir DIR")
         try:
-            dataset = torchvision.datasets.ImageFolder(str(path), loader=open_image)
+            dataset = Folder(str(path), loader=open_image)
         except FileNotFoundError as error:
             raise CIKDError(f"{path}: {one_line(error)}") from None
         classes = splits[0][2] if splits else dataset.classes
@@ -425,15 +450,17 @@ def load_dataset(cfg: Config) -> Data:
     (images, labels, classes), (test_images, test_labels, _) = splits[0], splits[-1]
     K, n, held = len(classes), len(labels), cfg.holdout or 0
     size = cfg.train_size or n - held
-    if K < 2 or held and not K <= held <= n - K or not K <= size <= n - held:
-        option = "--dataset" if K < 2 else "--holdout" if held and not K <= held <= n - K else "--train-size"
+    order = balanced_order(labels, cfg.data_seed)
+    test, train = order[:held], order[held:held + size]
+    cuts = [test] * bool(held) + [train] * bool(held or cfg.train_size)
+    if K < 2 or held + size > n or any(len(labels[cut].unique()) < K for cut in cuts):
+        option = "--dataset" if K < 2 else "--train-size" if cfg.train_size else "--holdout"
         raise CIKDError(f"{option}: {n} training images of {K} classes cannot give {size} to train on and "
                         f"{held} to hold out; there must be two classes and, in each part, an image of each")
-    order = balanced_order(labels, cfg.data_seed)
     if held:
-        test_images, test_labels = images[order[:held]], labels[order[:held]]
+        test_images, test_labels = images[test], labels[test]
     if held or cfg.train_size:
-        images, labels = images[order[held:held + size]], labels[order[held:held + size]]
+        images, labels = images[train], labels[train]
     digest = hashlib.sha256()
     for part in (images, labels, test_images, test_labels):
         digest.update(part.contiguous().numpy().data)
@@ -441,10 +468,11 @@ def load_dataset(cfg: Config) -> Data:
 
 
 def draw_crops(n: int, size: int, kind: str, scale: float) -> torch.Tensor | None:
-    """Random crop and flip of n images: affine maps [n, 2, 3], output to input, in [-1, 1] coordinates."""
+    """Random crop and flip of n images: (width, x, height, y) [n, 4], the whole image being (1, 0, 1, 0) and
+    x, y the crop's centre in coordinates from -1 to 1. A negative width is a flip."""
     if kind == "none":
         return None
-    flip, zero = torch.randint(0, 2, (n,)) * 2.0 - 1, torch.zeros(n)
+    flip = torch.randint(0, 2, (n,)) * 2.0 - 1
     if kind == "pad":                                # whole pixels, so nothing is blurred; grey comes in
         wide = high = torch.ones(n)
         shift = torch.randint(-(size // 8), size // 8 + 1, (2, n)) * 2 / size
@@ -453,7 +481,7 @@ def draw_crops(n: int, size: int, kind: str, scale: float) -> torch.Tensor | Non
         ratio = torch.exp((torch.rand(n) * 2 - 1) * math.log(4 / 3))
         wide, high = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         shift = (torch.rand(2, n) * 2 - 1) * (1 - torch.stack([wide, high]))
-    return torch.stack([wide * flip, zero, shift[0], zero, high, shift[1]], 1).view(n, 2, 3)
+    return torch.stack([wide * flip, shift[0], high, shift[1]], 1)
 
 
 def to_float(images: torch.Tensor, crops: torch.Tensor | None = None) -> torch.Tensor:
@@ -461,7 +489,11 @@ def to_float(images: torch.Tensor, crops: torch.Tensor | None = None) -> torch.T
     images = images.float() / 127.5 - 1
     if crops is None:
         return images
-    grid = F.affine_grid(crops, list(images.shape), align_corners=False)
+    B, _, S, _ = images.shape
+    place = (2 * torch.arange(S, device=images.device) + 1) / S - 1         # [S], pixel centres from -1 to 1
+    wide, x, high, y = crops[:, :, None].unbind(1)                          # each [B, 1]
+    grid = torch.stack([(wide * place + x)[:, None].expand(B, S, S),        # where each pixel comes from
+                        (high * place + y)[:, :, None].expand(B, S, S)], 3)     # [B, S, S, 2]
     return F.grid_sample(images, grid, align_corners=False)
 
 
@@ -645,9 +677,10 @@ def teacher_attention(features: torch.Tensor, grid: int, heads: int, tau: float 
     """
     mode = "area" if features.shape[-1] > grid else "bilinear"          # "area" is average pooling
     features, maps = F.interpolate(features.float(), grid, mode=mode), []       # [B, C, g, g]
-    for group in features.flatten(2).tensor_split(1 if shared else heads, dim=1):
-        group = F.normalize(group - group.mean(2, keepdim=True), dim=1)     # [B, ~C/H, N], unit vectors
-        maps.append((group.transpose(1, 2) @ group / tau).softmax(-1))      # [B, N, N]
+    with torch.autocast(features.device.type, enabled=False):               # small tau magnifies rounding
+        for group in features.flatten(2).tensor_split(1 if shared else heads, dim=1):
+            group = F.normalize(group - group.mean(2, keepdim=True), dim=1)     # [B, ~C/H, N], unit vectors
+            maps.append((group.transpose(1, 2) @ group / tau).softmax(-1))  # [B, N, N]
     return torch.stack(maps, 1).expand(-1, heads, -1, -1)                   # [B, H, N, N]
 
 
@@ -783,7 +816,7 @@ def save(path: Path, content) -> None:
     """
     memory = io.BytesIO(content if isinstance(content, bytes) else b"")
     if path.suffix == ".csv":
-        text = io.TextIOWrapper(memory, newline="", write_through=True)
+        text = io.TextIOWrapper(memory, "utf-8", "surrogateescape", newline="", write_through=True)
         writer = csv.DictWriter(text, list(content[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(content)
@@ -793,7 +826,7 @@ def save(path: Path, content) -> None:
     elif path.suffix == ".pt":
         torch.save(content, memory)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")       # two runs may want the same teacher
     beside.write_bytes(memory.getvalue())
     os.replace(beside, path)
 
@@ -803,16 +836,25 @@ def load(path: str | Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                       # torch raises whatever a broken file leads to
-        raise CIKDError(f"{path}: not a readable checkpoint ({one_line(error)[:150]})") from None
+        foreign = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than tensors and plain values" if foreign else one_line(error)[:150]
+        raise CIKDError(f"{path}: not a readable checkpoint ({reason}); remove or replace it") from None
 
 
 def load_strictly(model: nn.Module, path: str | Path) -> None:
     """Load a state dict that must fit exactly. Raises CIKDError that names what does not."""
+    state = load(path)
     try:
-        model.load_state_dict(load(path))
+        model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise CIKDError(f"{path}: does not fit ({one_line(error)[:250]} ...); check the model's name, "
                         "--image-size, --patch-size and the number of classes") from None
+    if not all_finite(state.values()):
+        raise CIKDError(f"{path}: holds values that are not finite; train it again")
+
+
+def all_finite(tensors) -> bool:
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 def seed_torch(*parts) -> None:
@@ -910,19 +952,24 @@ def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, dev
     loss_of(stage, views, labels, epoch of the stage) -> loss, terms [3]; measure(epoch) -> more of the row.
     Raises CIKDError on a loss that is not finite, before anything of that epoch is saved.
     """
-    checkpoint = load(folder / "last.pt") if (folder / "last.pt").exists() else dict(rows=[])
-    rows, optimizer, began = checkpoint["rows"], None, time.monotonic()
-    first, epochs = len(rows), len(plan)
-    if rows:
-        model.load_state_dict(checkpoint["model"])
-        print(f"{phase}: going on after epoch {first} of {epochs}", flush=True)
+    rows, optimizer, began, epochs = [], None, time.monotonic(), len(plan)
+    if (folder / "last.pt").exists():
+        checkpoint = load(folder / "last.pt")
+        try:
+            rows = checkpoint["rows"]
+            model.load_state_dict(checkpoint["model"])
+            optimizer = optimizer_of(plan[len(rows) - 1])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise CIKDError(f"{folder / 'last.pt'}: is no checkpoint of this run ({one_line(error)[:150]}); "
+                            "remove it, or start again with --overwrite") from None
+        print(f"{phase}: going on after epoch {len(rows)} of {epochs}", flush=True)
+    first = len(rows)
     for epoch in range(first, epochs):
         stage = plan[epoch]
         length, stage_epoch = plan.count(stage), epoch - plan.index(stage)
-        if optimizer is None or stage_epoch == 0:
+        if stage_epoch == 0:
             optimizer = optimizer_of(stage)
-            if stage_epoch > 0:                      # resumed in mid-stage
-                optimizer.load_state_dict(checkpoint["optimizer"])
         seed_torch(seed, phase, epoch)
         model.train()
         log, start, shown = [], time.monotonic(), 0.0
@@ -949,10 +996,11 @@ def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, dev
                        + "; shorter with --epochs, --teacher-epochs, --train-size or --student vit_micro")
         log = torch.stack(log).cpu().double()        # [steps, 4]; the epoch's only wait for the device
         seconds = time.monotonic() - start
-        if not log.isfinite().all():
-            bad = int((~log.isfinite().all(1)).nonzero()[0])
-            raise CIKDError(f"{stage.name}, epoch {epoch + 1}, step {bad + 1}: the loss is {log[bad, 0]:g}; "
-                            f"{folder} keeps the epoch before; a smaller learning rate usually helps")
+        bad = (~log.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad or not all_finite(model.state_dict().values()):
+            what = f"step {bad[0] + 1}: the loss is {log[bad[0], 0]:g}" if bad else "end: a weight is inf or nan"
+            raise CIKDError(f"{stage.name}, epoch {epoch + 1}, {what}; {folder} keeps the epoch before; a "
+                            "smaller learning rate usually helps")
         loss, ali, ce, dkd = log.mean(0).tolist()
         row = dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
                    lr=max(group["lr"] for group in optimizer.param_groups), **measure(epoch), seconds=seconds,
@@ -988,7 +1036,7 @@ def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTe
             train_teacher(teacher.to(device), cfg, data, device, path)
     load_strictly(teacher, path)
     teacher = freeze(teacher).to(device)
-    accuracy = evaluate(teacher, data.test_images, data.test_labels, device)
+    accuracy = evaluate(teacher, data.test_images, data.test_labels, device, 4 * cfg.batch_size)
     print(f"teacher: {cfg.teacher}, accuracy {accuracy:.1f} %, {path}", flush=True)
     return teacher, path
 
@@ -1004,6 +1052,8 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
         ce = F.cross_entropy(teacher(views)[0].float(), labels, label_smoothing=cfg.label_smoothing)
         return ce, torch.stack([0 * ce, ce, 0 * ce]).detach()
 
+    test = data.test_images, data.test_labels
+
     def sgd(stage):
         return torch.optim.SGD([dict(params=list(teacher.parameters()), peak=cfg.teacher_lr)],
                                lr=cfg.teacher_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -1011,9 +1061,9 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
     fit("teacher", teacher, data, cfg, path.parent, device, seed=cfg.data_seed,
         plan=[Stage("teacher", ali=False, labels=True, logits=False)] * cfg.teacher_epochs, optimizer_of=sgd,
         loss_of=loss_of,
-        measure=lambda epoch: dict(accuracy=evaluate(teacher, data.test_images, data.test_labels, device)))
+        measure=lambda epoch: dict(accuracy=evaluate(teacher, *test, device, 4 * cfg.batch_size)))
     save(path, teacher.state_dict())
-    path.with_name("last.pt").unlink()
+    path.with_name("last.pt").unlink(missing_ok=True)
 
 
 def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
@@ -1032,13 +1082,17 @@ def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
     """settings.json of a run and the rows of metrics.csv (text; none before the first epoch). CIKDError."""
     try:
-        facts = json.loads((folder / "settings.json").read_text())
-        if not (folder / "metrics.csv").exists():
-            return facts, []
-        with open(folder / "metrics.csv", newline="") as file:
-            return facts, list(csv.DictReader(file))
+        facts, rows = json.loads((folder / "settings.json").read_text()), []
+        facts = dict(settings=asdict(Config(**facts.pop("settings"))), data=facts.pop("data")) | facts
+        if (folder / "metrics.csv").exists() or (folder / "student.pt").exists():
+            rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+            if not rows:
+                raise ValueError("metrics.csv is empty")
+        return facts, rows
     except (OSError, ValueError) as error:
         raise CIKDError(f"{folder}: holds no run ({one_line(error)})") from None
+    except (KeyError, TypeError) as error:
+        raise CIKDError(f"{folder}: settings.json is of another version ({one_line(error)})") from None
 
 
 def train(cfg: Config, data: Data | None = None) -> dict:
@@ -1049,27 +1103,29 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     """
     cfg, began = resolve(cfg), time.monotonic()
     folder = Path(cfg.resume or Path(cfg.output_dir) / cfg.run_name)
-    if cfg.overwrite:
-        for name in ("student*.pt", "last.pt", "metrics.csv", "kernels/*"):
-            for old in folder.glob(name):
-                old.unlink()
     stored = None
-    if cfg.resume or (folder / "last.pt").exists() or (folder / "student.pt").exists():
+    if cfg.resume or not cfg.overwrite and any((folder / f).exists() for f in ("last.pt", "student.pt")):
         stored = read_run(folder)[0]
         changed = [f"{name} {stored['settings'][name]} -> {getattr(cfg, name)}" for name in RESULT_FIELDS
                    if stored["settings"][name] != getattr(cfg, name)]
         if changed:
             raise CIKDError(f"{folder}: was begun with other settings: {', '.join(changed)}; use those, "
                             "another --run-name, or --overwrite to start again")
+    data = data or load_dataset(cfg)
+    if stored and stored["data"] != data.fingerprint:
+        raise CIKDError(f"{folder}: was begun with other images; check --data-dir, or give a --run-name")
+    if cfg.teacher_checkpoint:                       # refused before anything is written or removed
+        load_strictly(ResNetTeacher(cfg.teacher, len(data.classes), cfg.image_size), cfg.teacher_checkpoint)
+    for name in ("student*.pt", "last.pt", "metrics.csv", "kernels/*") if cfg.overwrite else ():
+        for old in folder.glob(name):
+            old.unlink()
     if not (folder / "student.pt").exists():
-        data = data or load_dataset(cfg)
-        if stored and stored["data"] != data.fingerprint:
-            raise CIKDError(f"{folder}: was begun with other images; check --data-dir")
         try:
-            train_student(cfg, data, folder)
+            train_student(cfg, data, folder, stored or {})
         except KeyboardInterrupt:
-            print(f"\nstopped; to go on: python cikd.py --resume {folder}", flush=True)
+            print(f"\nstopped; to go on: python cikd.py --resume {shlex.quote(str(folder))}", flush=True)
             raise
+    (folder / "last.pt").unlink(missing_ok=True)
     rows = read_run(folder)[1]
     result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows),
                   minutes=sum(float(row["seconds"]) for row in rows) / 60, folder=str(folder))
@@ -1078,8 +1134,9 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     return result
 
 
-def train_student(cfg: Config, data: Data, folder: Path) -> None:
-    """The body of `train`: student, teacher, curriculum; leaves student.pt in `folder`."""
+def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
+    """The body of `train`: student, teacher, curriculum; leaves student.pt in `folder`. stored: settings.json
+    of the run to go on with, or empty."""
     device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else
                           "mps" if torch.backends.mps.is_available() else "cpu")
     if device.type == "cuda":
@@ -1089,7 +1146,8 @@ def train_student(cfg: Config, data: Data, folder: Path) -> None:
     facts = dict(settings=asdict(replace(cfg, resume=None, overwrite=False)), classes=data.classes,
                  data=data.fingerprint, extra_data=cfg.pretrained_teacher, torch=torch.__version__,
                  device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
-    save(folder / "settings.json", facts)
+    if not stored:
+        save(folder / "settings.json", facts)
     save(folder / "student_init.pt", student.state_dict())
     print(f"{folder}: {len(data.train_labels)} training and {len(data.test_labels)} test images, "
           f"{len(data.classes)} classes, {sum(p.numel() for p in student.parameters()):,} parameters, on "
@@ -1100,7 +1158,11 @@ def train_student(cfg: Config, data: Data, folder: Path) -> None:
     teacher = None
     if cfg.method != "scratch":
         teacher, path = get_teacher(cfg, data, device)
-        save(folder / "settings.json", facts | dict(teacher_file=str(path)))
+        facts |= dict(teacher_file=str(path), teacher=hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        if stored.get("teacher", facts["teacher"]) != facts["teacher"]:
+            raise CIKDError(f"{path}: is not the teacher that {folder} was begun with; bring that back, or "
+                            "start again with --overwrite")
+        save(folder / "settings.json", facts)
     compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
     loss_fn = torch.compile(student_loss, dynamic=False) if compiled else student_loss
     probe = data.test_images[:: max(1, len(data.test_images) // 64)][:64]
@@ -1118,8 +1180,8 @@ def train_student(cfg: Config, data: Data, folder: Path) -> None:
             kernels = dict(kernels=torch.stack(kernels).cpu().half())       # [blocks, H, 2g-1, 2g-1]
             save(folder / "kernels" / f"epoch_{epoch + 1:04}.pt", kernels)
         distance = torch.stack([attention_distance(maps).mean() for part in parts for maps in part]).mean()
-        return dict(accuracy=evaluate(student, data.test_images, data.test_labels, device),
-                    attention_distance=float(distance))
+        accuracy = evaluate(student, data.test_images, data.test_labels, device, 4 * cfg.batch_size)
+        return dict(accuracy=accuracy, attention_distance=float(distance))
 
     if cfg.snapshot_every and not (folder / "last.pt").exists():
         measure(-1)
@@ -1127,7 +1189,6 @@ def train_student(cfg: Config, data: Data, folder: Path) -> None:
         plan=[curriculum(cfg.method, epoch, cfg.ali_epochs) for epoch in range(cfg.epochs)],
         optimizer_of=lambda stage: adamw(student, cfg, stage))
     save(folder / "student.pt", student.state_dict())
-    (folder / "last.pt").unlink()
 
 
 # %% 9. Command line
@@ -1186,14 +1247,10 @@ def make_parser() -> Parser:
                     description=__doc__.split("\n")[0], epilog=f"defaults of each data set:\n{lines}",
                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        kind, choices = f.type.split(" ")[0], f.metadata["choices"]         # "int | None" -> "int"
-        if kind == "bool":
-            how = dict(action="store_true")
-        elif kind == "tuple[int,":
-            how = dict(nargs="+", type=int, metavar="INT")
-        else:
-            how = dict(type=dict(int=int, float=float, str=str)[kind])
-            how["metavar"] = "|".join(choices) or kind.upper()
+        kind, many = kind_of(f), f.type.startswith("tuple")
+        how = dict(action="store_true") if kind == "bool" else dict(
+            type=dict(int=int, float=float, str=str)[kind], nargs="+" if many else None,
+            metavar="|".join(f.metadata["choices"]) or kind.upper())
         default = "" if f.default in (None, False) else f" [{f.default}]"
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **how)
     return parser
@@ -1201,20 +1258,35 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 2 after an error the user can mend, 130: Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):           # a terminal that cannot print ± must not end a run
+            stream.reconfigure(errors="backslashreplace")
     try:
         given = vars(make_parser().parse_args(argv))
-        if given.get("resume"):
+        for one, other in (("compare", "method"), ("seeds", "seed")):
+            if one in given and other in given:
+                raise CIKDError(f"--{one}: contradicts --{other}; give one of them")
+        if "resume" in given:
             given = read_run(Path(given["resume"]))[0]["settings"] | given
         cfg = Config(**given)
         if cfg.compare or cfg.seeds:
             train_many(cfg)
         else:
             train(cfg)
-    except (CIKDError, OSError) as error:
-        print(f"cikd: error: {one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except (CIKDError, OSError, MemoryError, RuntimeError) as error:
+        message = one_line(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
+            message = "out of memory; use a smaller --batch-size, --image-size or --train-size"
+        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            message = f"--compile: torch.compile failed ({message[:150]} ...); use --compile off"
+        elif isinstance(error, RuntimeError):
+            raise                                    # ours to mend: keep the traceback
+        if sys.stdout.isatty():
+            print("\r\033[K", end="", flush=True)    # an unfinished progress line
+        print(f"cikd: error: {message}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -25,6 +25,7 @@ import torchvision
 from PIL import Image
 
 import cikd
+import visualize_attention as va
 
 TINY = dict(train_size=60, holdout=40, epochs=2, ali_epochs=1, teacher_epochs=1, device="cpu")
 
@@ -35,6 +36,7 @@ def offline(monkeypatch):
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no network in tests")
     monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
 
 
 @pytest.fixture
@@ -84,7 +86,8 @@ BAD = [
     ("--run-name", "a/b", "--run-name"), ("--run-name", "..", "--run-name"), ("--run-name", "x --compare", "--run-name"),
     ("--pretrained-teacher", "", "above 64 only"), ("--pretrained-teacher", "--teacher-checkpoint t.pt", "contradicts"),
     ("--resume", "nowhere", "holds no run"), ("--teacher-checkpoint", "missing.pt", "missing.pt"),
-    ("--epoch", "3", "--epoch"), ("--colour", "blue", "--colour"), ("extra", "", "extra"),
+    ("--epoch", "3", "--epoch"), ("--heads", "32", "channels"),
+    ("--compare", "--method kd", "contradicts"), ("--seeds", "1 2 --seed 3", "contradicts"), ("--colour", "blue", "--colour"), ("extra", "", "extra"),
 ]
 
 
@@ -97,6 +100,13 @@ def test_bad_arguments(option, value, says, capsys, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["t.pt"]  # nothing was written
 
 
+@pytest.mark.parametrize("option", ["--teacher-checkpoint", "--resume", "--run-name", "--data-dir", "--output-dir"])
+def test_an_empty_string_is_not_taken_for_not_given(option, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, option, "")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_absent_cuda_is_refused(capsys):
     assert "torch finds no cuda" in fails(capsys, "--device", "cuda")
@@ -107,7 +117,8 @@ def test_help_shows_every_setting_and_default(capsys):
         cikd.main(["--help"])
     text = capsys.readouterr().out
     for f in fields(cikd.Config):
-        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"]
+        said = re.search(rf"--{f.name.replace('_', '-')}\b(.*?)(\n  --|\n\n)", text[text.index("options:"):], re.S).group(1)
+        assert f.metadata["help"] and (f.default in (None, False) or f"[{f.default}]" in said), f.name
     assert all(name in text for name in cikd.DATASETS)
 
 
@@ -199,6 +210,20 @@ def test_folder_takes_the_train_folders_numbers(tmp_path):
     (root / "val" / "ant").rmdir()
     data = cikd.load_dataset(folder_config(root))
     assert data.classes == ["ant", "bee", "cat"] and data.test_labels.unique().tolist() == [1, 2]
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    assert cikd.load_dataset(folder_config(root)).classes == ["cat", "dog"]
+
+
+def test_a_holdout_without_a_class_is_refused(tmp_path):
+    root = make_folder(tmp_path)
+    for path in list((root / "train" / "dog").iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(cikd.CIKDError, match="--holdout"):
+        cikd.load_dataset(folder_config(root, holdout=2))
 
 
 FOLDER_FAULTS = {
@@ -379,9 +404,12 @@ def test_published_sets(name, tmp_path, monkeypatch):
         cikd.load_dataset(cfg)
 
 
-def test_a_foreign_archive_is_refused(tmp_path, capsys):
+def test_a_foreign_archive_is_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"<html>login first</html>")
-    assert "cifar-10-python.tar.gz" in fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path, "--output-dir", tmp_path)
+    line = fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path, "--output-dir", tmp_path)
+    assert "neither whole" in line and not (tmp_path / "cifar-10-batches-py").exists()
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "tgz_md5", md5(b"<html>login first</html>"))
+    assert "ReadError" in fails(capsys, "--dataset", "cifar10", "--data-dir", tmp_path, "--output-dir", tmp_path)
 
 
 @pytest.mark.parametrize("name", MINI)
@@ -434,7 +462,7 @@ def test_pad_crop_shifts_by_whole_pixels_and_flips():
     padded = F.pad(images.float() / 127.5 - 1, (4, 4, 4, 4))
     seen = set()
     for i in range(64):
-        flip, dx, dy = crops[i, 0, 0] < 0, round(float(crops[i, 0, 2]) * 16), round(float(crops[i, 1, 2]) * 16)
+        flip, dx, dy = crops[i, 0] < 0, round(float(crops[i, 1]) * 16), round(float(crops[i, 3]) * 16)
         want = padded[i, :, 4 + dy:36 + dy, 4 + dx:36 + dx]
         assert (out[i] - (want.flip(2) if flip else want)).abs().max() < 1e-4
         seen.add((bool(flip), dx, dy))
@@ -445,8 +473,8 @@ def test_resized_crop_agrees_with_torchvision():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
     for top, left, height, width in ((0, 0, 32, 32), (4, 8, 16, 20), (10, 2, 8, 30), (0, 20, 12, 12)):
-        theta = torch.tensor([[width / 32, 0, (2 * left + width) / 32 - 1], [0, height / 32, (2 * top + height) / 32 - 1]])
-        ours = cikd.to_float(images, theta.expand(6, 2, 3))
+        crop = torch.tensor([width / 32, (2 * left + width) / 32 - 1, height / 32, (2 * top + height) / 32 - 1])
+        ours = cikd.to_float(images, crop.expand(6, 4))
         theirs = torchvision.transforms.functional.resized_crop(
             images.float() / 127.5 - 1, top, left, height, width, [32, 32], antialias=False)
         inner = (slice(None), slice(None), slice(4, -4), slice(4, -4))       # at its edge ours still sees the neighbours
@@ -456,10 +484,10 @@ def test_resized_crop_agrees_with_torchvision():
 def test_resized_crops_stay_inside_and_are_large_enough():
     torch.manual_seed(0)
     crops = cikd.draw_crops(5000, 32, "resized", 0.3)
-    wide, high, shift = crops[:, 0, 0].abs(), crops[:, 1, 1], crops[:, :, 2].abs()
-    assert (wide + shift[:, 0] <= 1 + 1e-6).all() and (high + shift[:, 1] <= 1 + 1e-6).all()
+    wide, x, high, y = crops.abs().unbind(1)
+    assert (wide + x <= 1 + 1e-6).all() and (high + y <= 1 + 1e-6).all()
     assert 0.25 < (wide * high).min() < 0.33 and 0.6 < (wide * high).mean() < 0.7
-    assert 0.45 < (crops[:, 0, 0] < 0).float().mean() < 0.55
+    assert 0.45 < (crops[:, 0] < 0).float().mean() < 0.55
 
 
 def test_color_jitter_is_per_image_and_can_be_off():
@@ -950,6 +978,111 @@ def test_other_settings_or_images_do_not_go_on(tiny, capsys, monkeypatch):
     assert "other images" in fails(capsys, "--resume", run)
 
 
+def test_a_teacher_is_kept_for_exactly_what_it_depends_on(tiny, monkeypatch):
+    """Each fact has a folder of its own; what a teacher does not depend on does not train another."""
+    paths, data = set(), cikd.load_dataset(cikd.resolve(tiny))
+    monkeypatch.setattr(cikd, "train_teacher", lambda teacher, cfg, data, device, path: paths.add(path) or cikd.save(
+        path, teacher.state_dict()))
+    def ask(data=data, **kwargs):
+        cikd.get_teacher(cikd.resolve(replace(tiny, **kwargs)), data, torch.device("cpu"))
+        return len(paths)
+    assert ask() == 1 == ask(seed=5, tau=0.7, method="kd", lr=0.1)
+    changes = [dict(teacher="resnet56"), dict(teacher_epochs=2), dict(teacher_lr=0.2), dict(batch_size=7), dict(crop="pad"),
+               dict(crop_scale=0.5), dict(label_smoothing=0.2), dict(warmup=0.2), dict(min_lr=0.01), dict(data_seed=1),
+               dict(data=data._replace(fingerprint="other"))]
+    assert [ask(**change) for change in changes] == list(range(2, len(changes) + 2))
+
+
+def test_the_teacher_learns_smoothed_labels(tiny, tmp_path):
+    """A model that has learned nothing has the smoothed cross-entropy of a uniform guess, ln 10, and no other."""
+    cfg = cikd.resolve(replace(tiny, teacher_lr=1e-9, label_smoothing=0.4, batch_size=60))
+    data, seen = cikd.load_dataset(cfg), []
+    teacher = cikd.ResNetTeacher("resnet20", 10, 32)
+    teacher.register_forward_hook(lambda _, x, out: seen.append(out[0].detach()) if teacher.training else None)
+    cikd.train_teacher(teacher, cfg, data, torch.device("cpu"), tmp_path / "t" / "teacher.pt")
+    cikd.seed_torch(cfg.data_seed, "teacher", 0)
+    (_, labels), = cikd.batches(data, cfg, torch.device("cpu"))
+    smooth = F.one_hot(labels, 10) * 0.6 + 0.04
+    want = float(-(smooth * seen[0].log_softmax(1)).sum(1).mean())
+    assert float(read_metrics(tmp_path / "t")[0]["ce"]) == pytest.approx(want, rel=1e-4)
+
+
+def test_another_teacher_does_not_go_on(tiny, monkeypatch, capsys):
+    run = Path(cikd.train(tiny)["folder"])
+    (run / "student.pt").unlink()
+    path = Path(cikd.read_run(run)[0]["teacher_file"])
+    cikd.save(path, {k: v + 1 if k == "fc.bias" else v for k, v in cikd.load(path).items()})
+    assert "is not the teacher" in fails(capsys, "--resume", run)
+
+
+@pytest.mark.parametrize("fault,says", [
+    ("settings type", "--epochs: '2'"), ("settings key", "another version"), ("settings text", "holds no run"),
+    ("no metrics", "holds no run"), ("last rows", "no checkpoint of this run"), ("last cut", "not a readable checkpoint"),
+    ("last optimizer", "no checkpoint of this run"), ("folder is a file", "")])
+def test_damaged_runs(fault, says, tiny, capsys, monkeypatch):
+    monkeypatch.setattr(cikd, "save", (lambda real: lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt)
+                                       if path.name == "student.pt" and fault.startswith("last") else real(path, content))(cikd.save))
+    run = Path(tiny.output_dir) / cikd.resolve(tiny).run_name
+    try:
+        cikd.train(tiny)
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+    facts = json.loads((run / "settings.json").read_text())
+    if fault == "settings type":
+        facts["settings"]["epochs"] = "2"
+    if fault == "settings key":
+        del facts["data"]
+    (run / "settings.json").write_text("{" if fault == "settings text" else json.dumps(facts))
+    if fault == "no metrics":
+        (run / "metrics.csv").unlink()
+    if fault.startswith("last"):
+        last = cikd.load(run / "last.pt")
+        cikd.save(run / "last.pt", {k: ({} if k == "optimizer" else v) for k, v in last.items() if fault != "last rows" or k != "rows"})
+    if fault == "last cut":
+        shorten(run / "last.pt")
+    if fault == "folder is a file":
+        for path in run.iterdir():
+            path.unlink()
+        run.rmdir()
+        run.write_text("in the way")
+    assert says in fails(capsys, "--resume", run)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny, monkeypatch):
+    loss, calls = cikd.student_loss, []
+
+    def poisoned(stage, cfg, student, *rest):
+        value, terms = loss(stage, cfg, student, *rest)
+        calls.append(stage)
+        if len(calls) == 4:                                  # the last step of the last epoch: the loss itself is fine
+            student.blocks[0].attn.qkv.weight.register_hook(lambda g: g * math.nan)
+        return value, terms
+    monkeypatch.setattr(cikd, "student_loss", poisoned)
+    with pytest.raises(cikd.CIKDError, match="epoch 2, end: a weight is"):
+        cikd.train(replace(tiny, batch_size=30))
+    run = Path(tiny.output_dir) / cikd.resolve(replace(tiny, batch_size=30)).run_name
+    assert not (run / "student.pt").exists() and cikd.all_finite(cikd.load(run / "last.pt")["model"].values())
+
+
+def test_two_folders_of_one_name_are_told_apart(tmp_path, capsys):
+    args = ["--dataset", "folder", "--image-size", 32, "--patch-size", 8, "--student", "vit_micro", "--method", "scratch",
+            "--epochs", 1, "--output-dir", tmp_path / "runs", "--data-dir"]
+    make_folder(tmp_path / "a" / "pics")
+    make_folder(tmp_path / "b" / "pics", train=9)
+    assert cikd.main([str(a) for a in [*args, tmp_path / "a" / "pics"]]) == 0
+    assert "other images" in fails(capsys, *args, tmp_path / "b" / "pics")
+
+
+def test_out_of_memory_is_said_plainly(tiny, monkeypatch, capsys):
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] can't allocate memory")):
+        monkeypatch.setattr(cikd, "train", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert "--batch-size" in fails(capsys)
+    monkeypatch.setattr(cikd, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError):                        # what only a programmer can mend keeps its traceback
+        cikd.main([])
+
+
 def test_overwrite_starts_again(tiny):
     run = Path(cikd.train(tiny)["folder"])
     first = cikd.load(run / "student.pt")
@@ -975,7 +1108,8 @@ def test_all_methods_see_the_same_images_and_crops_in_the_same_order(tiny, monke
             return loss(stage, cfg, student, teacher, view, *rest)
         monkeypatch.setattr(cikd, "student_loss", spy)
         cikd.train(replace(tiny, method=method, crop="pad"))
-    assert all(torch.equal(a, b) for m in seen for a, b in zip(seen[m], seen["cikd"]))
+    assert {len(views) for views in seen.values()} == {2 * (60 // 32)}
+    assert all(torch.equal(a, b) for m in seen for a, b in zip(seen[m], seen["cikd"], strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, monkeypatch, capsys):
@@ -998,7 +1132,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, monkeypatch, capsys):
     assert cikd.main(["--resume", str(run)]) == 0 and len(read_metrics(run)) == 3
 
 
-@pytest.mark.parametrize("case", ["constant images", "batch of one", "two classes", "partial batch only"])
+@pytest.mark.parametrize("case", ["constant images", "batch of one", "two classes and a partial batch"])
 def test_unusual_data_trains(case, tmp_path):
     root = make_folder(tmp_path / "data", classes=("a", "b"), train=6, test=3)
     cfg = folder_config(root, epochs=2, ali_epochs=1, teacher_epochs=1, output_dir=str(tmp_path / "runs"),
@@ -1027,6 +1161,14 @@ def test_own_teacher_and_its_refusals(tiny, tmp_path, capsys):
     assert "aux.weight" in fails(capsys, *args, tmp_path / "more.pt")
     cikd.save(tmp_path / "list.pt", [1, 2])
     assert "does not fit" in fails(capsys, *args, tmp_path / "list.pt")
+    cikd.save(tmp_path / "nan.pt", state | {"fc.bias": torch.full((10,), math.nan)})
+    assert "not finite" in fails(capsys, *args, tmp_path / "nan.pt")
+    assert not (tmp_path / "r").exists()                     # refused before anything is written
+    name = "mine-too"
+    assert cikd.main([str(a) for a in [*args[:-1], "--run-name", name, "--method", "scratch"]]) == 0
+    kept = (tmp_path / "r" / name / "student.pt").read_bytes()
+    fails(capsys, *args, tmp_path / "nan.pt", "--run-name", name, "--method", "kd", "--overwrite")
+    assert (tmp_path / "r" / name / "student.pt").read_bytes() == kept       # nor is anything removed
     (tmp_path / "cut.pt").write_bytes(mine.read_bytes()[:5000])
     (tmp_path / "none.pt").write_bytes(b"")
     for name in ("cut.pt", "none.pt"):
@@ -1156,3 +1298,189 @@ def test_the_file_keeps_its_shape():
     marks = [i for i, line in enumerate(lines) if line.startswith("# %% ")]
     assert [lines[i][5] for i in marks] == list("123456789")
     assert marks[7] - marks[2] <= 300 and max(map(len, lines)) <= 110
+
+
+# ---- visualize_attention.py
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished cikd run with snapshots and a finished scratch run, tiny."""
+    out = tmp_path_factory.mktemp("runs")
+    cfg = cikd.Config(**TINY | dict(epochs=3), output_dir=str(out), snapshot_every=1)
+    return [Path(cikd.train(replace(cfg, method=m))["folder"]) for m in ("scratch", "cikd")]
+
+
+def not_blank(path: Path, frames: int = 1) -> None:
+    picture = Image.open(path)
+    assert getattr(picture, "n_frames", 1) == frames and picture.width > 300
+    assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_kernels_of_maps_with_a_known_answer():
+    uniform = cikd.attention_kernels(torch.full((2, 3, 25, 25), 1 / 25))
+    assert uniform.shape == (2, 3, 9, 9) and torch.allclose(uniform, torch.full_like(uniform, 1 / 25))
+    identity = cikd.attention_kernels(torch.eye(25))
+    assert identity[4, 4] == 1 and identity.sum() == 1
+    shift = torch.zeros(25, 25)                              # every patch looks one to the right, where there is one
+    for row in range(5):
+        for col in range(4):
+            shift[5 * row + col, 5 * row + col + 1] = 1
+    kernel = cikd.attention_kernels(shift)
+    assert kernel[4, 5] == 1 and kernel.sum() == 1           # one below the middle row would be [5, 4]
+
+
+def test_kernels_against_loops():
+    torch.manual_seed(0)
+    maps, total, count = torch.rand(9, 9), torch.zeros(5, 5), torch.zeros(5, 5)
+    for q in range(9):
+        for k in range(9):
+            at = k // 3 - q // 3 + 2, k % 3 - q % 3 + 2
+            total[at] += maps[q, k]
+            count[at] += 1
+    assert torch.allclose(cikd.attention_kernels(maps), total / count)
+
+
+def test_neighbourhood_share_and_rollout_known_values():
+    assert float(va.neighbourhood_share(torch.eye(16))) == 1
+    counts = [4, 6, 6, 4, 6, 9, 9, 6, 6, 9, 9, 6, 4, 6, 6, 4]
+    assert float(va.neighbourhood_share(torch.full((16, 16), 1 / 16))) == pytest.approx(np.mean(counts) / 16)
+    eye = torch.eye(5).expand(2, 3, 5, 5)
+    assert torch.equal(va.rollout([eye, eye]), torch.eye(5).expand(2, 5, 5))
+    torch.manual_seed(0)
+    a, b = (torch.rand(2, 3, 5, 5).softmax(-1) for _ in range(2))
+    half = lambda m: m.mean(1) / 2 + torch.eye(5) / 2
+    assert torch.allclose(va.rollout([a, b]), half(b) @ half(a))             # later blocks from the left
+    assert torch.allclose(va.rollout([a, b]).sum(-1), torch.ones(2, 5))
+
+
+def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
+    assert va.main([str(r) for r in runs] + ["--output-dir", str(tmp_path), "--gif"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"uniform .* 11\.8 %   4\.14", table) and runs[0].name in table and "after ALI" in table
+    for name in ("heatmaps", "distance", "kernels", "cls", "curriculum"):
+        not_blank(tmp_path / f"{name}.png")
+    not_blank(tmp_path / "locality.gif", frames=4)           # before training and after each of three epochs
+    loaded = [va.load_run(r) for r in (runs[1], runs[0])]
+    images, labels = va.run_images(loaded[0], None, None)
+    columns = va.heatmaps(loaded, images[:3], labels[:3], tmp_path / "h.png", (2, 5), 5)
+    assert list(columns) == ["teacher, stage 2\n(surrogate)", "student\nbefore training", "student\nafter ALI",
+                             "student\nafter LM", "student\nscratch"]
+    for maps in columns.values():
+        assert maps.shape == (3, 8, 8) and torch.allclose(maps.sum((1, 2)), torch.ones(3), atol=1e-4)
+    want = cikd.student_maps(loaded[0].students["after LM"], cikd.to_float(images[:3]))[5].mean(1)[:, 2 * 8 + 5]
+    assert torch.allclose(columns["student\nafter LM"].flatten(1), want)     # row 2, column 5
+    one = va.heatmaps(loaded, images[:1], labels[:1], tmp_path / "h.png", (0, 0), 0, head=1)
+    want = va.surrogate_maps(loaded[0], images[:1], 0)[:, 1, 0]
+    assert torch.allclose(one["teacher, stage 1\n(surrogate)"].flatten(1), want)     # block 0 imitates stage 1
+    panels = va.kernels(loaded, images, tmp_path / "k.png")
+    assert [p.shape for p in panels.values()] == [(6, 4, 15, 15)] * 4
+    cls = va.cls_attention(loaded[0], images[:2], labels[:2], tmp_path / "c.png", 3)
+    assert list(cls) == ["mean of heads", *(f"head {h}" for h in range(4)), "rollout"]
+    drawn = va.curriculum(loaded, tmp_path / "e.png")
+    assert len(drawn["ali"]["cikd"]) == 3 and "scratch" not in drawn["ali"] and "scratch" in drawn["ce"]
+    last = read_metrics(runs[1])[-1]
+    assert drawn["accuracy"]["cikd"][-1] == float(last["accuracy"])
+    measured = va.measure(loaded, images[:: max(1, len(images) // 64)][:64])
+    assert [m["label"] for m in measured] == ["before training", "after ALI", "after LM", "scratch"]
+    assert float(measured[2]["distance"].mean()) == pytest.approx(float(last["attention_distance"]), abs=1e-4)
+    frames = cikd.load(runs[1] / "kernels" / "epoch_0003.pt")["kernels"].float()
+    assert torch.allclose(frames, panels["after LM"], atol=2e-3)             # fp16, and the same 40 images
+
+
+def test_cls_maps_are_what_the_student_uses(runs):
+    student = list(va.load_run(runs[1]).students.values())[-1]
+    x = torch.rand(2, 3, 32, 32)
+    maps = va.cls_and_patch_maps(student, x)
+    assert maps[0].shape == (2, 4, 65, 65) and torch.allclose(maps[0].sum(-1), torch.ones(1), atol=1e-5)
+    _, tapped = student.forward_taps(x, (0,))
+    q, k, v = tapped[0]
+    attention = student.blocks[0].attn
+    assert torch.allclose(attention.proj((maps[0] @ v).transpose(1, 2).flatten(2)), attention(q, k, v), atol=1e-5)
+
+
+def test_own_picture(runs, tmp_path, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / "mine.jpg")
+    assert va.main([str(runs[1]), "--image", str(tmp_path / "mine.jpg"), "--output-dir", str(tmp_path / "out")]) == 0
+    not_blank(tmp_path / "out" / "heatmaps.png")
+
+
+def test_the_newest_finished_run_is_taken(runs, tmp_path, monkeypatch):
+    for i, name in enumerate(("old", "new", "unfinished")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        if name != "unfinished":
+            (tmp_path / "runs" / name / "student.pt").touch()
+            os.utime(tmp_path / "runs" / name / "student.pt", (i, i))
+    assert va.newest_run(tmp_path / "runs").name == "new"
+    with pytest.raises(cikd.CIKDError, match="no finished run"):
+        va.newest_run(tmp_path / "nothing")
+
+
+def copy_run(run: Path, to: Path) -> Path:
+    to.mkdir(parents=True)
+    for path in run.glob("*.*"):
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+@pytest.mark.parametrize("fault,says", [
+    ("missing", "holds no run"), ("unfinished", "not finished"), ("truncated", "not a readable checkpoint"),
+    ("mismatched", "does not fit"), ("other version", "another version"), ("no teacher", "not a readable checkpoint"),
+    ("no snapshots", "no snapshots"), ("--index 99", "--index"), ("--query 8,0", "--query"), ("--query 1", "--query"),
+    ("--block 6", "--block"), ("--head 4", "--head"), ("--image nowhere.png", "nowhere.png"), ("--colour red", "--colour"),
+    ("--head x", "--head")])
+def test_visualize_faults(fault, says, runs, tmp_path, capsys):
+    run, extra = tmp_path / "run", fault.split() if fault.startswith("--") else []
+    if fault != "missing":
+        copy_run(runs[1], run)
+    if fault == "unfinished":
+        (run / "student.pt").unlink()
+    if fault == "truncated":
+        shorten(run / "student_ali.pt")
+    facts = json.loads((runs[1] / "settings.json").read_text())
+    if fault == "mismatched":
+        facts["settings"]["student"] = "vit_tiny"
+    if fault == "other version":
+        facts["settings"]["colour"] = "red"
+    if fault == "no teacher":
+        facts["teacher_file"] = "nowhere.pt"
+    if fault != "missing":
+        (run / "settings.json").write_text(json.dumps(facts))
+    assert va.main([str(run), "--output-dir", str(tmp_path / "out"), *extra, *["--gif"] * (fault == "no snapshots")]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"visualize_attention: error: [^\n]+\n", error) and says in error
+
+
+def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys):
+    other = cikd.train(cikd.Config(**TINY | dict(method="scratch"), patch_size=8, output_dir=str(tmp_path)))["folder"]
+    assert va.main([str(runs[1]), other, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "another patch_size" in capsys.readouterr().err
+
+
+# ---- the README
+
+README = Path(cikd.__file__).with_name("README.md").read_text()
+
+
+def test_every_name_the_readme_mentions_exists():
+    names = set(re.findall(r"`([a-z_]+)\(?\)?`", README)) | set(re.findall(r"`(?:cikd|visualize_attention)\.(\w+)`", README))
+    known = set(dir(cikd)) | set(dir(va)) | set(cikd.DATASETS) | set(cikd.STUDENTS) | set(cikd.TEACHERS) | set(cikd.METHODS) \
+        | set(COLUMNS) | {f.name for f in fields(cikd.Config)} | {"timm", "figures", "kernels", "last", "student_init"} \
+        | {"py", "pt"} | {n for n, _ in cikd.build_student(cikd.resolve(cikd.Config()), 10).named_modules()}
+    assert names and names - known == set()
+    for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)):
+        assert option.replace("-", "_") in {f.name for f in fields(cikd.Config)} | {
+            "help", "image", "index", "query", "block", "head", "gif"}, option
+
+
+def test_every_picture_and_link_in_the_readme_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
+        if not target.startswith("http"):
+            path = Path(cikd.__file__).with_name(target)
+            assert path.exists(), target
+            assert path.suffix not in (".png", ".gif") or path.stat().st_size < 300_000, target
+
+
+def test_every_metric_and_file_is_explained_in_the_readme():
+    for name in (*COLUMNS, "settings.json", "metrics.csv", "student_init.pt", "student_ali.pt", "student.pt", "last.pt",
+                 "teacher.pt", "comparison.csv", "comparison.png"):
+        assert f"`{name}`" in README, name

@@ -67,11 +67,8 @@ def load_run(folder: str | Path) -> Run:
     facts, rows = cikd.read_run(folder)
     if not (folder / "student.pt").exists():
         raise CIKDError(f"{folder}: is not finished; go on with `python cikd.py --resume {folder}`")
-    try:
-        cfg = cikd.Config(**facts["settings"])
-        classes, teacher_file = facts["classes"], facts.get("teacher_file")
-    except (KeyError, TypeError) as error:
-        raise CIKDError(f"{folder}: settings.json is of another version ({cikd.one_line(error)})") from None
+    cfg, classes = cikd.Config(**facts["settings"]), facts.get("classes", [])
+    teacher_file = facts.get("teacher_file")
     names = {"student_init": "before training", "student_ali": "after ALI",
              "student": "after LM" if cfg.method == "cikd" else f"after {cfg.method}"}
     students = {}
