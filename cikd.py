@@ -248,12 +248,15 @@ def resolve(cfg: Config) -> Config:
     return cfg
 
 
+def data_name(cfg: Config) -> str:
+    return Path(cfg.data_dir).resolve().name if cfg.dataset == "folder" else cfg.dataset
+
+
 def default_name(cfg: Config) -> str:
     """Folder of a run: data set, method, every setting that is not the default, seed."""
     given = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if f.name in RESULT_FIELDS
              and f.name not in ("dataset", "method", "seed") and getattr(cfg, f.name) != f.default]
-    data = Path(cfg.data_dir).resolve().name if cfg.dataset == "folder" else cfg.dataset
-    name = "-".join([data, cfg.method, *given, f"seed{cfg.seed}"]).replace(os.sep, "_")
+    name = "-".join([data_name(cfg), cfg.method, *given, f"seed{cfg.seed}"]).replace(os.sep, "_")
     long = len(os.fsencode(name)) > 150
     return name[:60] + "-" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8] if long else name
 
@@ -998,7 +1001,8 @@ def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, dev
         seconds = time.monotonic() - start
         bad = (~log.isfinite().all(1)).nonzero().flatten().tolist()
         if bad or not all_finite(model.state_dict().values()):
-            what = f"step {bad[0] + 1}: the loss is {log[bad[0], 0]:g}" if bad else "end: a weight is inf or nan"
+            what = "end: a weight is not finite" if not bad else \
+                f"step {bad[0] + 1}: the loss is {log[bad[0], 0]:g}"
             raise CIKDError(f"{stage.name}, epoch {epoch + 1}, {what}; {folder} keeps the epoch before; a "
                             "smaller learning rate usually helps")
         loss, ali, ce, dkd = log.mean(0).tolist()
@@ -1129,7 +1133,7 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     rows = read_run(folder)[1]
     result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows),
                   minutes=sum(float(row["seconds"]) for row in rows) / 60, folder=str(folder))
-    print(f"{cfg.method} on {cfg.dataset}, seed {cfg.seed}: accuracy {result['accuracy']:.1f} % after "
+    print(f"{cfg.method} on {data_name(cfg)}, seed {cfg.seed}: accuracy {result['accuracy']:.1f} % after "
           f"{len(rows)} epochs ({duration(time.monotonic() - began)}); see {folder}", flush=True)
     return result
 
@@ -1203,7 +1207,7 @@ def train_many(cfg: Config) -> list[dict]:
     name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds", seed=0))
     folder = Path(cfg.output_dir) / name.removesuffix("-seed0")
     save(folder / "comparison.csv", results)
-    title = f"{cfg.dataset}, {results[0]['epochs']} epochs: a dot for each seed, bar: mean"
+    title = f"{data_name(cfg)}, {results[0]['epochs']} epochs: a dot for each seed, bar: mean"
     plot_comparison(results, methods, folder / "comparison.png", title)
     print(f"\n{'method':8}  accuracy (%)  seeds  minutes")
     for method in methods:

@@ -1462,20 +1462,31 @@ README = Path(cikd.__file__).with_name("README.md").read_text()
 
 
 def test_every_name_the_readme_mentions_exists():
-    names = set(re.findall(r"`([a-z_]+)\(?\)?`", README)) | set(re.findall(r"`(?:cikd|visualize_attention)\.(\w+)`", README))
-    known = set(dir(cikd)) | set(dir(va)) | set(cikd.DATASETS) | set(cikd.STUDENTS) | set(cikd.TEACHERS) | set(cikd.METHODS) \
-        | set(COLUMNS) | {f.name for f in fields(cikd.Config)} | {"timm", "figures", "kernels", "last", "student_init"} \
-        | {"py", "pt"} | {n for n, _ in cikd.build_student(cikd.resolve(cikd.Config()), 10).named_modules()}
-    assert names and names - known == set()
+    names = set(re.findall(r"`(?:cikd\.|visualize_attention\.)?([A-Za-z_]\w*)(?:\([\w, ]*\))?`", README))
+    known = {*dir(cikd), *dir(va), *dir(cikd.VisionTransformer), *globals(), *cikd.DATASETS, *cikd.STUDENTS, *cikd.TEACHERS,
+             *cikd.METHODS, *COLUMNS, *(f.name for f in fields(cikd.Config)), *(s.name for s in (cikd.ALI, cikd.LM, cikd.LABELS)),
+             *dict(cikd.VisionTransformer().named_modules()), "teacher", "py", "vit_tiny_patch16_224"}
+    assert {"teacher_attention", "ali_loss", "lm_loss", "curriculum", "student_loss"} <= names and names <= known, names - known
     for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)):
         assert option.replace("-", "_") in {f.name for f in fields(cikd.Config)} | {
             "help", "image", "index", "query", "block", "head", "gif"}, option
 
 
+def test_the_code_in_the_readme_is_the_code():
+    """Every line of a snippet that quotes cikd.py stands there, comments and indentation aside."""
+    bare = lambda text: {re.sub(r"\s*#.*", "", line).strip().rstrip(",") for line in text.splitlines()}
+    code = bare(Path(cikd.__file__).read_text())
+    quotes = [q for q in re.findall(r"```python\n(.*?)```", README, re.S) if "import" not in q]
+    assert len(quotes) >= 6
+    shortened = {"def curriculum(method, epoch, ali_epochs):", "q, k, v = attn.project(x)"}
+    for quote in quotes:
+        assert bare(quote) - code - shortened == set()
+
+
 def test_every_picture_and_link_in_the_readme_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README):
         if not target.startswith("http"):
-            path = Path(cikd.__file__).with_name(target)
+            path = Path(cikd.__file__).parent / target
             assert path.exists(), target
             assert path.suffix not in (".png", ".gif") or path.stat().st_size < 300_000, target
 
