@@ -740,7 +740,7 @@ def lm_loss(logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: t
 # %% 7. Curriculum: which loss in which epoch
 class Stage(NamedTuple):
     name: str
-    ali: bool        # imitate the teacher's attention
+    ali: bool        # imitate the teacher's attention surrogate
     labels: bool     # learn the labels
     logits: bool     # learn the teacher's logits (with the labels, always)
 
@@ -917,6 +917,11 @@ def attention_kernels(maps: torch.Tensor) -> torch.Tensor:
     offset = (offset @ torch.tensor([2 * grid - 1, 1])).flatten().to(maps.device)   # [N * N], numbered
     total = maps.new_zeros(*maps.shape[:-2], (2 * grid - 1) ** 2).index_add(-1, offset, maps.flatten(-2))
     return (total / offset.bincount()).unflatten(-1, (2 * grid - 1, 2 * grid - 1))
+
+
+def probe(images: torch.Tensor, n: int = 64) -> torch.Tensor:
+    """n images, evenly spaced, on which locality is measured: [N, 3, S, S] -> [n, 3, S, S]."""
+    return images[torch.linspace(0, len(images) - 1, min(n, len(images))).long()]
 
 
 @torch.no_grad()
@@ -1169,7 +1174,6 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
         save(folder / "settings.json", facts)
     compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
     loss_fn = torch.compile(student_loss, dynamic=False) if compiled else student_loss
-    probe = data.test_images[:: max(1, len(data.test_images) // 64)][:64]
 
     def loss_of(stage, views, labels, stage_epoch):
         ramp = min(1.0, stage_epoch / cfg.ramp_epochs) if cfg.ramp_epochs else 1.0
@@ -1178,7 +1182,7 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
 
     def measure(epoch):
         student.eval()
-        parts = [student_maps(student, to_float(x.to(device))) for x in probe.split(16)]     # [part][block]
+        parts = [student_maps(student, to_float(x.to(device))) for x in probe(data.test_images).split(16)]
         if cfg.snapshot_every and (epoch + 1) % cfg.snapshot_every == 0:
             kernels = [attention_kernels(torch.cat(maps)).mean(0) for maps in zip(*parts)]
             kernels = dict(kernels=torch.stack(kernels).cpu().half())       # [blocks, H, 2g-1, 2g-1]

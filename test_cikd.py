@@ -1341,7 +1341,7 @@ def test_kernels_against_loops():
 
 
 def test_neighbourhood_share_and_rollout_known_values():
-    assert float(va.neighbourhood_share(torch.eye(16))) == 1
+    assert float(va.neighbourhood_share(torch.eye(16))) == 1 == float(va.self_share(torch.eye(16)))
     counts = [4, 6, 6, 4, 6, 9, 9, 6, 6, 9, 9, 6, 4, 6, 6, 4]
     assert float(va.neighbourhood_share(torch.full((16, 16), 1 / 16))) == pytest.approx(np.mean(counts) / 16)
     eye = torch.eye(5).expand(2, 3, 5, 5)
@@ -1356,7 +1356,7 @@ def test_neighbourhood_share_and_rollout_known_values():
 def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     assert va.main([str(r) for r in runs] + ["--output-dir", str(tmp_path), "--gif"]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"uniform .* 11\.8 %   4\.14", table) and runs[0].name in table and "after ALI" in table
+    assert re.search(r"uniform .* 1\.6 % +11\.8 % +4\.14", table) and runs[0].name in table and "after ALI" in table
     for name in ("heatmaps", "distance", "kernels", "cls", "curriculum"):
         not_blank(tmp_path / f"{name}.png")
     not_blank(tmp_path / "locality.gif", frames=4)           # before training and after each of three epochs
@@ -1375,12 +1375,13 @@ def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     panels = va.kernels(loaded, images, tmp_path / "k.png")
     assert [p.shape for p in panels.values()] == [(6, 4, 15, 15)] * 4
     cls = va.cls_attention(loaded[0], images[:2], labels[:2], tmp_path / "c.png", 3)
+    assert all(torch.allclose(m.sum((1, 2)), torch.ones(2)) for m in cls.values())
     assert list(cls) == ["mean of heads", *(f"head {h}" for h in range(4)), "rollout"]
     drawn = va.curriculum(loaded, tmp_path / "e.png")
     assert len(drawn["ali"]["cikd"]) == 3 and "scratch" not in drawn["ali"] and "scratch" in drawn["ce"]
     last = read_metrics(runs[1])[-1]
     assert drawn["accuracy"]["cikd"][-1] == float(last["accuracy"])
-    measured = va.measure(loaded, images[:: max(1, len(images) // 64)][:64])
+    measured = va.measure(loaded, cikd.probe(images))
     assert [m["label"] for m in measured] == ["before training", "after ALI", "after LM", "scratch"]
     assert float(measured[2]["distance"].mean()) == pytest.approx(float(last["attention_distance"]), abs=1e-4)
     frames = cikd.load(runs[1] / "kernels" / "epoch_0003.pt")["kernels"].float()
@@ -1422,6 +1423,15 @@ def copy_run(run: Path, to: Path) -> Path:
     return to
 
 
+def test_runs_that_were_moved_find_their_teacher(runs, tmp_path, monkeypatch):
+    moved = copy_run(runs[1], tmp_path / "elsewhere" / "run")
+    facts = json.loads((moved / "settings.json").read_text())
+    teacher = Path(facts["teacher_file"])
+    copy_run(teacher.parent, tmp_path / "elsewhere" / "teachers" / teacher.parent.name)
+    (moved / "settings.json").write_text(json.dumps(facts | {"teacher_file": f"gone/{teacher.parent.name}/teacher.pt"}))
+    assert torch.equal(va.load_run(moved).teacher.fc.weight, va.load_run(runs[1]).teacher.fc.weight)
+
+
 @pytest.mark.parametrize("fault,says", [
     ("missing", "holds no run"), ("unfinished", "not finished"), ("truncated", "not a readable checkpoint"),
     ("mismatched", "does not fit"), ("other version", "another version"), ("no teacher", "not a readable checkpoint"),
@@ -1442,7 +1452,7 @@ def test_visualize_faults(fault, says, runs, tmp_path, capsys):
     if fault == "other version":
         facts["settings"]["colour"] = "red"
     if fault == "no teacher":
-        facts["teacher_file"] = "nowhere.pt"
+        facts["teacher_file"] = "runs/nowhere/teacher.pt"
     if fault != "missing":
         (run / "settings.json").write_text(json.dumps(facts))
     assert va.main([str(run), "--output-dir", str(tmp_path / "out"), *extra, *["--gif"] * (fault == "no snapshots")]) == 2

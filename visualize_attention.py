@@ -9,8 +9,9 @@ It rebuilds the models from a run's settings.json, loads them strictly and never
 run named (a cikd run, if there is one) is shown before training, after ALI and after LM, others at their end.
 Each figure is a function that also returns the numbers it drew.
 
-"Attention" here is the student's softmax(q kᵀ / sqrt(d)). The teacher, a ResNet, has none: what is shown for
-it is the surrogate that ALI imitates, `cikd.teacher_attention`.
+"Attention" here is the student's softmax(q kᵀ / sqrt(d)): among patches alone, CLS left out and the rows made
+to sum to 1 again, as in ALI; only the CLS figure has it as the student uses it. The teacher, a ResNet, has
+none: what is shown for it is the surrogate that ALI imitates, `cikd.teacher_attention`.
 """
 
 # %% 1. Runs: settings, models, images
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg          # no display is needed
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -36,7 +37,6 @@ from cikd import CIKDError
 COLORS = {"before": "#999999", "ALI": "#E69F00", "LM": "#0072B2"}     # Okabe and Ito's, for the colour-blind
 OTHERS = ["#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442"]     # further runs, in the order given
 MAP = "magma"
-TEST_IMAGES = 64                                                     # what averages are taken over
 
 
 class Run(NamedTuple):
@@ -47,6 +47,7 @@ class Run(NamedTuple):
     students: dict[str, cikd.VisionTransformer]
     teacher: cikd.ResNetTeacher | None
     rows: list[dict]
+    fingerprint: str
 
     @property
     def grid(self) -> int:
@@ -69,6 +70,8 @@ def load_run(folder: str | Path) -> Run:
         raise CIKDError(f"{folder}: is not finished; go on with `python cikd.py --resume {folder}`")
     cfg, classes = cikd.Config(**facts["settings"]), facts.get("classes", [])
     teacher_file = facts.get("teacher_file")
+    if teacher_file and not Path(teacher_file).exists():     # the runs were moved: look beside this one
+        teacher_file = folder.parent / "teachers" / Path(teacher_file).parent.name / "teacher.pt"
     names = {"student_init": "before training", "student_ali": "after ALI",
              "student": "after LM" if cfg.method == "cikd" else f"after {cfg.method}"}
     students = {}
@@ -80,7 +83,7 @@ def load_run(folder: str | Path) -> Run:
     if teacher_file:
         teacher = cikd.freeze(cikd.ResNetTeacher(cfg.teacher, len(classes), cfg.image_size))
         cikd.load_strictly(teacher, teacher_file)
-    return Run(folder, cfg, classes, students, teacher, rows)
+    return Run(folder, cfg, classes, students, teacher, rows, facts["data"])
 
 
 def run_images(run: Run, image: str | None, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -89,8 +92,8 @@ def run_images(run: Run, image: str | None, data_dir: str | None) -> tuple[torch
         return cikd.to_rgb(cikd.open_image(image), run.cfg.image_size)[None], None
     run.cfg.data_dir = data_dir or run.cfg.data_dir
     data = cikd.load_dataset(run.cfg)
-    if data.classes != run.classes:
-        raise CIKDError(f"{run.folder}: learned other classes than {run.cfg.data_dir} holds; see --data-dir")
+    if data.fingerprint != run.fingerprint:
+        raise CIKDError(f"{run.folder}: learned other images than {run.cfg.data_dir} holds; see --data-dir")
     return data.test_images, data.test_labels
 
 
@@ -124,14 +127,19 @@ def neighbourhood_share(maps: torch.Tensor) -> torch.Tensor:
     return (maps * near).sum(-1).mean(-1)
 
 
+def self_share(maps: torch.Tensor) -> torch.Tensor:
+    """Share of attention on the query itself: [..., N, N] -> [...]."""
+    return maps.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
 def rollout(maps: list[torch.Tensor]) -> torch.Tensor:
     """Attention rollout (Abnar and Zuidema 2020): full maps of all blocks -> [B, N+1, N+1], rows sum to 1.
 
     Heads are averaged, the residual connection is an identity of the same weight, and blocks are multiplied.
     """
     joint = torch.eye(maps[0].shape[-1]).expand(len(maps[0]), -1, -1)
-    for block in maps:
-        joint = (block.mean(1) / 2 + torch.eye(block.shape[-1]) / 2) @ joint
+    for of_block in maps:
+        joint = (of_block.mean(1) / 2 + torch.eye(of_block.shape[-1]) / 2) @ joint
     return joint
 
 
@@ -153,11 +161,11 @@ def measure(runs: list[Run], images: torch.Tensor) -> list[dict]:
     """For each stage shown: distance [blocks, H] (patches), share [blocks, H], accuracy (percent) or None."""
     out = []
     for run, stage, student, label, color in stages_of(runs):
-        maps = patch_maps(student, images[:TEST_IMAGES])
+        maps = patch_maps(student, images)
         at = {"before training": None, "after ALI": run.cfg.ali_epochs - 1}.get(stage, -1)
         out.append(dict(run=run.folder.name, label=label, color=color,
                         distance=cikd.attention_distance(maps).mean(1),
-                        share=neighbourhood_share(maps).mean(1),
+                        share=neighbourhood_share(maps).mean(1), self=self_share(maps).mean(1),
                         accuracy=None if at is None else float(run.rows[at]["accuracy"])))
     return out
 
@@ -165,20 +173,21 @@ def measure(runs: list[Run], images: torch.Tensor) -> list[dict]:
 def print_table(measured: list[dict], references: dict[str, torch.Tensor]) -> None:
     """The table on stdout. references: name -> maps [..., N, N]."""
     last = len(measured[0]["distance"]) - 1
-    print(f"{'':24} accuracy   3x3 share   distance (patches): mean, then block 0 to {last}")
+    print(f"{'':20} accuracy  on itself  in 3 x 3  distance (patches): mean, then block 0 to {last}")
 
-    def line(name, accuracy, share, distance):
+    def line(name, accuracy, itself, share, distance):
         accuracy = "" if accuracy is None else f"{accuracy:.1f} %"
-        each = "    " + " ".join(f"{d:.2f}" for d in distance.mean(1)) if distance.ndim > 1 else ""
-        print(f"{name[:24]:24} {accuracy:>8}   {100 * share.mean():7.1f} %   {distance.mean():.2f}{each}")
+        each = "   " + " ".join(f"{d:.2f}" for d in distance.mean(1)) if distance.ndim > 1 else ""
+        print(f"{name[:20]:20} {accuracy:>8} {100 * itself.mean():8.1f} % {100 * share.mean():7.1f} %  "
+              f"{distance.mean():.2f}{each}")
 
     for name, maps in references.items():
-        line(name, None, neighbourhood_share(maps), cikd.attention_distance(maps).flatten())
+        line(name, None, self_share(maps), neighbourhood_share(maps), cikd.attention_distance(maps).flatten())
     for run in dict.fromkeys(m["run"] for m in measured):
         print(run)
         for m in measured:
             if m["run"] == run:
-                line("  " + m["label"], m["accuracy"], m["share"], m["distance"])
+                line("  " + m["label"], m["accuracy"], m["self"], m["share"], m["distance"])
 
 
 # %% 3. Figures: each draws into a file and returns its numbers
@@ -208,19 +217,22 @@ def picture_table(run: Run, images: torch.Tensor, labels: torch.Tensor | None, c
                   unit: str, path: Path, query: tuple[int, int] | None = None) -> None:
     """A row for each image, a column for each of `columns` (name -> maps [n, g, g]), on one colour scale."""
     n, width = len(images), len(columns) + 1
-    norm = Normalize(0, float(np.quantile(torch.stack(list(columns.values())), 0.99)))
+    shared = torch.stack([maps for name, maps in columns.items() if name != "rollout"])
+    norm = Normalize(0, float(np.quantile(shared, 0.99)))
     figure = Figure(figsize=(1.3 * width + 2.0, 1.32 * n + 0.95), layout="constrained")
     axes = figure.subplots(n, width, squeeze=False)
     for i, text in enumerate(row_labels(run, images, labels)):
         picture, frame = images[i].permute(1, 2, 0).numpy(), query and (*query, run.grid)
         show_map(axes[i, 0], picture, None, norm, frame)
         axes[i, 0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-        for a, maps in zip(axes[i, 1:], columns.values()):
-            show_map(a, picture, maps[i], norm, frame)
-    for a, name in zip(axes[0], ["image" if query is None else "image and\nquery patch", *columns]):
-        a.set_title(name, fontsize=10)
+        for a, (name, maps) in zip(axes[i, 1:], columns.items()):
+            own = Normalize(float(maps.min()), float(maps.max()))           # rollout is nearly uniform
+            show_map(a, picture, maps[i], own if name == "rollout" else norm, frame)
+            if i == 0:
+                a.set_title("rollout (lowest\nto highest)" if name == "rollout" else name, fontsize=10)
+    axes[0, 0].set_title("image" if query is None else "image and\nquery patch", fontsize=10)
     bar = figure.colorbar(ScalarMappable(norm, MAP), ax=axes, shrink=0.9, extend="max", aspect=30)
-    bar.set_label(f"{unit} (uniform: {1 / run.grid ** 2:.3f})")
+    bar.set_label(f"{unit} (uniform: {1 / run.grid ** 2:.3f}; weak is transparent)")
     figure.suptitle(title, fontsize=12)
     save_figure(figure, path)
 
@@ -229,7 +241,8 @@ def row_labels(run: Run, images: torch.Tensor, labels: torch.Tensor | None) -> l
     """True class, predicted class and its probability, by the run's last student."""
     with torch.no_grad():
         p = list(run.students.values())[-1](cikd.to_float(images)).softmax(1)
-    text = [f"predicted: {run.classes[int(k)]}\n({100 * float(c):.0f} %)" for c, k in zip(*p.max(1))]
+    by = f"predicted by {run.cfg.method}"
+    text = [f"{by}:\n{run.classes[int(k)]} ({100 * float(c):.0f} %)" for c, k in zip(*p.max(1))]
     return text if labels is None else [f"true: {run.classes[int(y)]}\n{t}" for y, t in zip(labels, text)]
 
 
@@ -245,7 +258,8 @@ def heatmaps(runs: list[Run], images: torch.Tensor, labels: torch.Tensor | None,
 
     if first.teacher is not None:
         shown = cikd.parse_pairs(first.cfg)[-1][1] if stage is None else stage
-        columns[f"teacher, stage {shown + 1}\n(surrogate)"] = from_query(surrogate_maps(first, images, shown))
+        what = "surrogate" if stage is not None else "not its target"
+        columns[f"teacher, stage {shown + 1}\n({what})"] = from_query(surrogate_maps(first, images, shown))
     for run, _, student, label, _ in stages_of(runs):
         columns[f"student\n{label}"] = from_query(patch_maps(student, images)[block])
     heads = "mean of heads" if head is None else f"head {head}"
@@ -270,8 +284,9 @@ def distances(patch: int, measured: list[dict], references: dict, path: Path) ->
         axes.axhline(value, color="black", linestyle=style, linewidth=1, label=f"{name}: {value:.2f}")
     low = min([float(m["distance"].min()) for m in measured]
               + [float(cikd.attention_distance(maps).mean()) for maps in references.values()])
-    axes.set(xlabel="block (dots: heads; lines: their mean)", ylabel="mean attention distance (patches)",
-             xticks=blocks, title="How far the student looks, by depth", ylim=(0.85 * low, None))
+    axes.set(xlabel="block (dots: heads; lines: their mean; drawn side by side)", xticks=blocks,
+             ylabel="mean attention distance (patches)", title="How far the student looks, by depth",
+             ylim=(0.85 * low, None))
     axes.secondary_yaxis("right", functions=(lambda y: y * patch, lambda y: y / patch)).set_ylabel("(pixels)")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     save_figure(figure, path)
@@ -285,30 +300,31 @@ def mosaic(kernels: torch.Tensor) -> np.ndarray:
 
 
 def draw_kernels(figure: Figure, panels: dict[str, torch.Tensor], top: float) -> None:
-    """One mosaic for each panel name, on one colour scale."""
+    """One mosaic for each panel name, on one logarithmic colour scale, so that no centre is cut off."""
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for a, (name, kernels) in zip(axes, panels.items()):
         blocks, heads, side, _ = kernels.shape
-        drawn = a.imshow(mosaic(kernels), cmap=MAP, vmin=0, vmax=top, interpolation="nearest")
+        norm = LogNorm(1e-3, top, clip=True)
+        drawn = a.imshow(mosaic(kernels), cmap=MAP, norm=norm, interpolation="nearest")
         a.set(title=name, xlabel="head", xticks=(np.arange(heads) + 0.5) * (side + 2) - 0.5,
               xticklabels=range(heads), yticks=(np.arange(blocks) + 0.5) * (side + 2) - 0.5,
               yticklabels=range(blocks))
         a.tick_params(length=0)
         a.spines[:].set_visible(False)
     axes[0].set_ylabel("block")
-    bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="max")
-    bar.set_label("mean attention at this offset")
+    bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="min")
+    bar.set_label(f"mean attention at this offset (uniform: {4 / (side + 1) ** 2:.3f})")
 
 
 def kernels(runs: list[Run], images: torch.Tensor, path: Path) -> dict[str, torch.Tensor]:
     """The convolution kernel of each head (Cordonnier 2020). Returns {stage: [blocks, H, 2g-1, 2g-1]}."""
     panels = {}
     for run, _, student, label, _ in stages_of(runs):
-        panels[label] = cikd.attention_kernels(patch_maps(student, images[:TEST_IMAGES])).mean(1)
+        panels[label] = cikd.attention_kernels(patch_maps(student, images)).mean(1)
     blocks, heads = next(iter(panels.values())).shape[:2]
     tile = min(0.75, 8.5 / (heads * len(panels)))
     figure = Figure(figsize=(tile * heads * len(panels) + 1.7, tile * blocks + 1.1), layout="constrained")
-    draw_kernels(figure, panels, float(np.quantile(torch.stack(list(panels.values())), 0.995)))
+    draw_kernels(figure, panels, max(float(panel.max()) for panel in panels.values()))
     figure.suptitle("Attention by offset from the query: each tile's centre is the query itself, its edges "
                     f"{runs[0].grid - 1} patches away", fontsize=11)
     save_figure(figure, path)
@@ -323,15 +339,16 @@ def cls_attention(run: Run, images: torch.Tensor, labels: torch.Tensor | None, p
     here = maps[block][:, :, 0, 1:].view(len(images), -1, grid, grid)                     # [n, H, g, g]
     columns = {"mean of heads": here.mean(1)} | {f"head {h}": here[:, h] for h in range(here.shape[1])}
     columns["rollout"] = rollout(maps)[:, 0, 1:].view(-1, grid, grid)
+    columns = {name: values / values.sum((1, 2), keepdim=True) for name, values in columns.items()}
     title = f"What CLS reads in block {block} and, by rollout, through all blocks ({run.cfg.method})"
-    picture_table(run, images, labels, columns, title, "attention from CLS", path)
+    picture_table(run, images, labels, columns, title, "CLS attention, rescaled over patches", path)
     return columns
 
 
 def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]:
     """Loss terms, accuracy and attention distance against epoch. Returns {panel: {run: values}}."""
-    panels = {"ali": "ALI loss (nats)", "ce": "cross-entropy (nats)", "dkd": "DKD loss (nats)",
-              "accuracy": "test accuracy (%)", "attention_distance": "attention distance (patches)"}
+    panels = {"ali": "ALI, training (nats)", "ce": "cross-entropy, training (nats)",
+              "dkd": "DKD, training (nats)", "accuracy": "test accuracy (%)", "attention_distance": "attention distance (patches)"}
     labels = [label for run, _, _, label, _ in stages_of(runs) if run is not runs[0]]
     labels = [runs[0].cfg.method, *labels]
     drawn = {name: {label: [float(r[name]) for r in run.rows] for run, label in zip(runs, labels)
@@ -352,6 +369,8 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
             a.plot(epochs[learned], np.array(values)[learned], color=color, linewidth=2, label=label)
         if switch:
             a.axvline(switch + 0.5, color="black", linestyle="--", linewidth=1)
+        if name == "ali":
+            a.set_ylim(0, None)                              # 0 would be perfect imitation
         a.set(title=panels[name], xlabel="epoch", xlim=(1, max(len(run.rows) for run in runs)))
         a.title.set_fontsize(10)
         a.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -374,7 +393,7 @@ def locality_gif(run: Run, path: Path) -> list[int]:
         raise CIKDError(f"{run.folder}: holds no snapshots for --gif; train with --snapshot-every 1")
     frames = [cikd.load(file)["kernels"].float() for file in files]         # each [blocks, H, 2g-1, 2g-1]
     epochs = [int(file.stem.split("_")[1]) for file in files]
-    top, pictures = float(np.quantile(torch.stack(frames), 0.995)), []
+    top, pictures = max(float(frame.max()) for frame in frames), []
     blocks, heads = frames[0].shape[:2]
     for epoch, frame in zip(epochs, frames):
         stage = "before training" if epoch == 0 else run.rows[epoch - 1]["stage"]
@@ -408,6 +427,8 @@ def visualize(args: argparse.Namespace) -> Path:
         for name in ("dataset", "image_size", "patch_size", "student", "heads"):
             if getattr(run.cfg, name) != getattr(first.cfg, name):
                 raise CIKDError(f"{run.folder}: has another {name} than {first.folder}; show them one by one")
+        if run.fingerprint != first.fingerprint:
+            raise CIKDError(f"{run.folder}: learned other images than {first.folder}; show them one by one")
     blocks = len(next(iter(first.students.values())).blocks)
     block = cikd.parse_pairs(first.cfg)[-1][0] if args.block is None else args.block
     if not 0 <= block < blocks:
@@ -419,16 +440,17 @@ def visualize(args: argparse.Namespace) -> Path:
     index = args.index
     if not index:                                                # one image of each of the first four classes
         index = [0] if labels is None else [int((labels == k).nonzero()[0]) for k in labels.unique()[:4]]
-    if max(index) >= len(images) or min(index) < 0:
-        raise CIKDError(f"--index: {max(index)} is not an image from 0 to {len(images) - 1}")
+    for i in index:
+        if not 0 <= i < len(images):
+            raise CIKDError(f"--index: {i} is not an image from 0 to {len(images) - 1}")
     chosen, truth = images[index], None if labels is None else labels[index]
-    averaged = images[:: max(1, len(images) // TEST_IMAGES)][:TEST_IMAGES]        # the probe of metrics.csv
+    averaged = cikd.probe(images)
     out = Path(args.output_dir or first.folder / "figures")
 
     references = {"uniform": torch.full((1, first.grid ** 2, first.grid ** 2), first.grid ** -2)}
     if first.teacher is not None:
         for stage in sorted({stage for _, stage in cikd.parse_pairs(first.cfg)}):
-            references[f"teacher, stage {stage + 1}"] = surrogate_maps(first, averaged, stage)
+            references[f"surrogate, stage {stage + 1}"] = surrogate_maps(first, averaged, stage)
     measured = measure(runs, averaged)
     print_table(measured, references)
     heatmaps(runs, chosen, truth, out / "heatmaps.png", query, block, args.head)
