@@ -348,7 +348,8 @@ def cls_attention(run: Run, images: torch.Tensor, labels: torch.Tensor | None, p
 def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]:
     """Loss terms, accuracy and attention distance against epoch. Returns {panel: {run: values}}."""
     panels = {"ali": "ALI, training (nats)", "ce": "cross-entropy, training (nats)",
-              "dkd": "DKD, training (nats)", "accuracy": "test accuracy (%)", "attention_distance": "attention distance (patches)"}
+              "dkd": "DKD, training (nats)", "accuracy": "test accuracy (%)",
+              "attention_distance": "attention distance (patches)"}
     labels = [label for run, _, _, label, _ in stages_of(runs) if run is not runs[0]]
     labels = [runs[0].cfg.method, *labels]
     drawn = {name: {label: [float(r[name]) for r in run.rows] for run, label in zip(runs, labels)
