@@ -421,17 +421,23 @@ def load_torchvision(cfg: Config) -> list[tuple]:
     return splits
 
 
+@contextlib.contextmanager
+def network_timeout():
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(None)
+
+
 def open_torchvision(make, where: Path, arguments: dict):
     """A torchvision data set; the network is touched only if it is not there, and not waited for for ever."""
     try:
         return make(str(where), **arguments)
     except RuntimeError:
         print(f"downloading {make.__name__} into {where}", flush=True)
-    socket.setdefaulttimeout(TIMEOUT)
-    try:
+    with network_timeout():
         return make(str(where), **arguments, download=True)
-    finally:
-        socket.setdefaulttimeout(None)
 
 
 def balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
@@ -689,7 +695,7 @@ def teacher_attention(features: torch.Tensor, grid: int, heads: int, tau: float 
 
 def relation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """log softmax(a bᵀ / sqrt(d)) over keys (MiniLMv2's relation): twice [B, H, N, d] -> [B, H, N, N]."""
-    return (a @ b.transpose(-2, -1) / math.sqrt(a.shape[-1])).float().log_softmax(-1)
+    return ((a * a.shape[-1] ** -0.5) @ b.transpose(-2, -1)).float().log_softmax(-1)
 
 
 def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torch.Tensor:
@@ -701,8 +707,8 @@ def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torc
     """
     q, k, v = (t[:, :, 1:] for t in qkv)                                # patches only: a ResNet has no CLS
     sides = {"qk": (q, k), "vv": (v, v)}
-    return sum(F.kl_div(relation(*sides[name]), target, reduction="none").sum(-1).mean()
-               for name in relations.split("+"))
+    entropy = torch.special.entr(target).sum(-1).mean()                 # KL is cross-entropy minus this
+    return sum(-(target * relation(*sides[name])).sum(-1).mean() - entropy for name in relations.split("+"))
 
 
 # %% 6. Stage 2, LM: logit mimicking
@@ -813,9 +819,10 @@ def status(text: str, last: bool = True) -> None:
 
 
 def save(path: Path, content) -> None:
-    """Write bytes, a list of rows (.csv), a dict of values (.json) or of tensors (.pt), as `path` ends.
+    """Write rows (.csv), a dict of values (.json) or tensors (.pt), a Figure (.png) or bytes, as `path` ends.
 
-    First into memory, then beside, then renamed: whatever bears its final name is whole.
+    First into memory, then beside and onto the disk, then renamed: whatever bears its final name is whole,
+    also after a power cut or on a full disk. Raises CIKDError that names the file.
     """
     memory = io.BytesIO(content if isinstance(content, bytes) else b"")
     if path.suffix == ".csv":
@@ -828,10 +835,21 @@ def save(path: Path, content) -> None:
         memory.write(json.dumps(content, indent=1).encode())
     elif path.suffix == ".pt":
         torch.save(content, memory)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    elif path.suffix == ".png":
+        content.savefig(memory, format="png")
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")       # two runs may want the same teacher
-    beside.write_bytes(memory.getvalue())
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            file.write(memory.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise CIKDError(f"{path}: cannot be written ({one_line(error)}); what was saved before is whole: mend "
+                        "this, then the same command goes on") from None
 
 
 def load(path: str | Path) -> dict:
@@ -867,6 +885,15 @@ def seed_torch(*parts) -> None:
 
 def autocast(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def choose_device(cfg: Config) -> torch.device:
+    return torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else
+                        "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def compiles(cfg: Config, device: torch.device) -> bool:
+    return cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
 
 
 def batches(data: Data, cfg: Config, device: torch.device):
@@ -994,6 +1021,8 @@ def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, dev
             optimizer.step()
             log.append(torch.cat([loss.detach().view(1), terms]))   # stays on the device until the epoch ends
             now = time.monotonic()
+            if step == 0 and epoch in (first, epoch - stage_epoch) and compiles(cfg, device):
+                status(f"{stage.name}: compiled, {now - start:.0f} s with the first step")
             if now > shown + 1:
                 shown = now
                 status(f"{stage.name:7} {epoch + 1:3}/{epochs}  step {step + 1}/{steps}", last=False)
@@ -1045,7 +1074,7 @@ def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTe
             train_teacher(teacher.to(device), cfg, data, device, path)
     load_strictly(teacher, path)
     teacher = freeze(teacher).to(device)
-    accuracy = evaluate(teacher, data.test_images, data.test_labels, device, 4 * cfg.batch_size)
+    accuracy = evaluate(teacher, data.test_images, data.test_labels, device, 2 * cfg.batch_size)
     print(f"teacher: {cfg.teacher}, accuracy {accuracy:.1f} %, {path}", flush=True)
     return teacher, path
 
@@ -1057,8 +1086,10 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
         print("teacher: starts from ImageNet weights, so extra data is used", flush=True)
         load_imagenet(teacher, cfg.teacher)
 
+    forward = torch.compile(teacher, dynamic=False) if compiles(cfg, device) else teacher
+
     def loss_of(stage, views, labels, stage_epoch):
-        ce = F.cross_entropy(teacher(views)[0].float(), labels, label_smoothing=cfg.label_smoothing)
+        ce = F.cross_entropy(forward(views)[0].float(), labels, label_smoothing=cfg.label_smoothing)
         return ce, torch.stack([0 * ce, ce, 0 * ce]).detach()
 
     test = data.test_images, data.test_labels
@@ -1070,21 +1101,19 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
     fit("teacher", teacher, data, cfg, path.parent, device, seed=cfg.data_seed,
         plan=[Stage("teacher", ali=False, labels=True, logits=False)] * cfg.teacher_epochs, optimizer_of=sgd,
         loss_of=loss_of,
-        measure=lambda epoch: dict(accuracy=evaluate(teacher, *test, device, 4 * cfg.batch_size)))
+        measure=lambda epoch: dict(accuracy=evaluate(teacher, *test, device, 2 * cfg.batch_size)))
     save(path, teacher.state_dict())
     path.with_name("last.pt").unlink(missing_ok=True)
 
 
 def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
     """torchvision's ImageNet weights into all but the classifier, whose classes differ. Raises CIKDError."""
-    socket.setdefaulttimeout(TIMEOUT)
     try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
+        with network_timeout():
+            weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
     except Exception as error:
         raise CIKDError(f"--pretrained-teacher: the weights of {name} could not be downloaded "
                         f"({one_line(error)}); leave it out, or give --teacher-checkpoint") from None
-    finally:
-        socket.setdefaulttimeout(None)
     teacher.load_state_dict(weights | {f"fc.{k}": v for k, v in teacher.fc.state_dict().items()})
 
 
@@ -1125,7 +1154,7 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         raise CIKDError(f"{folder}: was begun with other images; check --data-dir, or give a --run-name")
     if cfg.teacher_checkpoint:                       # refused before anything is written or removed
         load_strictly(ResNetTeacher(cfg.teacher, len(data.classes), cfg.image_size), cfg.teacher_checkpoint)
-    for name in ("student*.pt", "last.pt", "metrics.csv", "kernels/*") if cfg.overwrite else ():
+    for name in ("last.pt", "student.pt", "student_*.pt", "metrics.csv", "kernels/*") if cfg.overwrite else ():
         for old in folder.glob(name):
             old.unlink()
     if not (folder / "student.pt").exists():
@@ -1146,8 +1175,7 @@ def train(cfg: Config, data: Data | None = None) -> dict:
 def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
     """The body of `train`: student, teacher, curriculum; leaves student.pt in `folder`. stored: settings.json
     of the run to go on with, or empty."""
-    device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else
-                          "mps" if torch.backends.mps.is_available() else "cpu")
+    device = choose_device(cfg)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")   # TF32
     seed_torch(cfg.seed, "student")
@@ -1155,6 +1183,8 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
     facts = dict(settings=asdict(replace(cfg, resume=None, overwrite=False)), classes=data.classes,
                  data=data.fingerprint, extra_data=cfg.pretrained_teacher, torch=torch.__version__,
                  device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
+    for left in folder.glob("*.tmp"):                # by a run that was killed while it wrote
+        left.unlink(missing_ok=True)
     if not stored:
         save(folder / "settings.json", facts)
     save(folder / "student_init.pt", student.state_dict())
@@ -1172,8 +1202,7 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
             raise CIKDError(f"{path}: is not the teacher that {folder} was begun with; bring that back, or "
                             "start again with --overwrite")
         save(folder / "settings.json", facts)
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
-    loss_fn = torch.compile(student_loss, dynamic=False) if compiled else student_loss
+    loss_fn = torch.compile(student_loss, dynamic=False) if compiles(cfg, device) else student_loss
 
     def loss_of(stage, views, labels, stage_epoch):
         ramp = min(1.0, stage_epoch / cfg.ramp_epochs) if cfg.ramp_epochs else 1.0
@@ -1188,7 +1217,7 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
             kernels = dict(kernels=torch.stack(kernels).cpu().half())       # [blocks, H, 2g-1, 2g-1]
             save(folder / "kernels" / f"epoch_{epoch + 1:04}.pt", kernels)
         distance = torch.stack([attention_distance(maps).mean() for part in parts for maps in part]).mean()
-        accuracy = evaluate(student, data.test_images, data.test_labels, device, 4 * cfg.batch_size)
+        accuracy = evaluate(student, data.test_images, data.test_labels, device, 2 * cfg.batch_size)
         return dict(accuracy=accuracy, attention_distance=float(distance))
 
     if cfg.snapshot_every and not (folder / "last.pt").exists():
@@ -1225,8 +1254,7 @@ def train_many(cfg: Config) -> list[dict]:
 
 def plot_comparison(results: list[dict], methods: list[str], path: Path, title: str) -> None:
     """A dot for each run, a bar at each method's mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg     # only needed here, and slow to import
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure             # only needed here, and slow to import
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     for i, method in enumerate(methods):
@@ -1237,9 +1265,7 @@ def plot_comparison(results: list[dict], methods: list[str], path: Path, title: 
     axes.set(xticks=range(len(methods)), xticklabels=methods, xlim=(-0.5, len(methods) - 0.2),
              ylabel="accuracy after the last epoch (%)", title=title)
     axes.grid(axis="y", alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    save(path, buffer.getvalue())
+    save(path, figure)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1264,23 +1290,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 2 after an error the user can mend, 130: Ctrl-C."""
+def run_command(prog: str, body) -> int:
+    """Run body(); an error the user can mend becomes one line. Returns the exit code: 0, 2, 130: Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):           # a terminal that cannot print ± must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        given = vars(make_parser().parse_args(argv))
-        for one, other in (("compare", "method"), ("seeds", "seed")):
-            if one in given and other in given:
-                raise CIKDError(f"--{one}: contradicts --{other}; give one of them")
-        if "resume" in given:
-            given = read_run(Path(given["resume"]))[0]["settings"] | given
-        cfg = Config(**given)
-        if cfg.compare or cfg.seeds:
-            train_many(cfg)
-        else:
-            train(cfg)
+        body()
     except KeyboardInterrupt:
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
@@ -1293,9 +1309,28 @@ def main(argv: list[str] | None = None) -> int:
             raise                                    # ours to mend: keep the traceback
         if sys.stdout.isatty():
             print("\r\033[K", end="", flush=True)    # an unfinished progress line
-        print(f"cikd: error: {message}", file=sys.stderr)
+        print(f"{prog}: error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def run(argv: list[str] | None) -> None:
+    """What the command line asks for: one run, or several compared. Raises CIKDError."""
+    given = vars(make_parser().parse_args(argv))
+    for one, other in (("compare", "method"), ("seeds", "seed")):
+        if one in given and other in given:
+            raise CIKDError(f"--{one}: contradicts --{other}; give one of them")
+    if "resume" in given:
+        given = read_run(Path(given["resume"]))[0]["settings"] | given
+    cfg = Config(**given)
+    if cfg.compare or cfg.seeds:
+        train_many(cfg)
+    else:
+        train(cfg)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command("cikd", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ import json
 import math
 import os
 import pickle
+import random
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.error
 from dataclasses import fields, replace
@@ -235,6 +238,7 @@ FOLDER_FAULTS = {
     "empty class": (lambda r: (make_folder(r) / "train" / "eel").mkdir(), "eel"),
     "class only in test": (lambda r: (make_folder(r) / "train" / "dog").rename(r / "dog"), "dog: a class that"),
     "truncated": (lambda r: shorten(make_folder(r) / "train" / "cat" / "0.png"), "0.png: not a readable image"),
+    "truncated JPEG": (lambda r: (make_folder(r) / "train" / "cat" / "a.jpg").write_bytes(jpeg(0)[: len(jpeg(0)) // 2]), "a.jpg: not a readable"),
     "zero bytes": (lambda r: (make_folder(r) / "train" / "cat" / "0.png").write_bytes(b""), "0.png: not a readable"),
     "text": (lambda r: (make_folder(r) / "train" / "cat" / "0.png").write_text("hello"), "0.png: not a readable"),
     "bomb": (lambda r: (make_folder(r) / "train" / "cat" / "0.png").write_bytes(bomb()), "0.png: not a readable"),
@@ -961,6 +965,96 @@ def test_a_stopped_run_goes_on_bit_by_bit(where, at, tmp_path, monkeypatch, caps
     same(whole, tmp_path / "b" / Path(whole).name)
 
 
+KILLER = """
+import io, os, signal, sys
+import cikd
+left, log = int(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
+
+def moment(place):                                           # the n-th moment of this process is its last
+    global left
+    left -= 1
+    if left == 0:
+        print("killed", place, file=log)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Slow(io.FileIO):
+    def write(self, content):
+        super().write(content[:len(content) // 2])
+        moment("half-written " + os.path.basename(self.name))
+        return super().write(content[len(content) // 2:])
+
+def watched(function, name):
+    def call(*args):
+        moment("before " + name)
+        result = function(*args)
+        moment("after " + name)
+        return result
+    return call
+
+def begin(*parts, real=cikd.seed_torch):
+    if len(parts) == 3:
+        print("begun", *parts[1:], file=log)
+        moment("in " + parts[1])
+    real(*parts)
+
+def batches(*args, real=cikd.batches):
+    for batch in real(*args):
+        moment("at a step")
+        yield batch
+
+cikd.open, cikd.seed_torch, cikd.batches = Slow, begin, batches
+os.replace = watched(os.replace, "renaming")
+sys.exit(cikd.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_dozen_kills_change_nothing_and_lose_one_epoch_at_most(tmp_path):
+    """SIGKILL at seeded random moments, again and again, until the run gets to its end."""
+    args = ("--train-size 60 --holdout 40 --epochs 4 --ali-epochs 2 --teacher-epochs 2 --batch-size 20 --crop pad "
+            "--run-name run --device cpu").split()
+    rng, log, kills = random.Random(1), tmp_path / "log.txt", 0
+    while True:
+        done = subprocess.run([sys.executable, "-c", KILLER, str(rng.randint(5, 24) if kills < 16 else -1), str(log), *args, "--output-dir",
+                               str(tmp_path / "b")], cwd=Path(cikd.__file__).parent, capture_output=True, text=True, timeout=300)
+        if done.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert done.returncode == 0 and kills >= 12, (kills, done.stderr)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    begun = [(line[1] == "student", int(line[2])) for line in lines if line[0] == "begun"]
+    assert begun == sorted(begun) and set(begun) == {*((False, e) for e in range(2)), *((True, e) for e in range(4))}
+    during = [lines[i - 1][1:] for i, line in enumerate(lines) if line[0] == "killed" and lines[i - 1][0] == "begun"]
+    assert {("teacher", "0"), ("student", "0"), ("student", "1"), ("student", "2")} <= {(*d,) for d in during}     # 2: at the switch
+    places = [" ".join(line[1:]) for line in lines if line[0] == "killed"]
+    assert sum("writ" in p or "renaming" in p for p in places) >= 2 and "at a step" in places, places
+    assert run_cli(tmp_path, *args, "--output-dir", "a").returncode == 0
+    same(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    (one,), (two,) = ((tmp_path / x / "teachers").iterdir() for x in "ab")
+    assert read_metrics(one)[1]["loss"] == read_metrics(two)[1]["loss"] and len(read_metrics(two)) == 2
+    assert not list((tmp_path / "b" / "run").glob("*.tmp"))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """No file may grow beyond 2 MB: student_init.pt fits, last.pt does not."""
+    resource = pytest.importorskip("resource")
+    cfg = cikd.Config(**TINY | dict(epochs=3, method="scratch"), run_name="run", output_dir=str(tmp_path / "a"))
+    cikd.train(cfg)
+    seed_torch = cikd.seed_torch
+    monkeypatch.setattr(cikd, "seed_torch", lambda *parts: cikd.no_such_name if parts[1:] == ("student", 1) else seed_torch(*parts))
+    with pytest.raises(AttributeError):
+        cikd.train(replace(cfg, output_dir=str(tmp_path / "b")))
+    before = (tmp_path / "b" / "run" / "last.pt").read_bytes()
+    assert len(before) > 2_000_000 > (tmp_path / "b" / "run" / "student_init.pt").stat().st_size
+    full = run_cli(tmp_path, "--resume", "b/run", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)))
+    assert full.returncode == 2 and re.fullmatch(r"cikd: error: b/run/last.pt: cannot be written \([^\n]+too large\)[^\n]+\n", full.stderr)
+    assert (tmp_path / "b" / "run" / "last.pt").read_bytes() == before and not list((tmp_path / "b" / "run").glob("*.tmp"))
+    assert run_cli(tmp_path, "--resume", "b/run").returncode == 0
+    assert read_metrics(tmp_path / "a" / "run")[2]["loss"] == read_metrics(tmp_path / "b" / "run")[2]["loss"]
+    a, b = (cikd.load(tmp_path / x / "run" / "student.pt") for x in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_other_settings_or_images_do_not_go_on(tiny, capsys, monkeypatch):
     cikd.train(replace(tiny, run_name="mine"))
     there = ["--output-dir", tiny.output_dir, "--run-name", "mine", "--train-size", 60, "--holdout", 40, "--epochs", 2,
@@ -1092,6 +1186,13 @@ def test_overwrite_starts_again(tiny):
     assert all(torch.equal(first[k], again[k]) for k in first)               # and the same seed gives the same bits
 
 
+def test_one_seed_gives_one_result(tiny):
+    one, two = (cikd.train(replace(tiny, output_dir=tiny.output_dir + x, crop="resized"))["folder"] for x in "12")
+    same(one, two)
+    other = cikd.load(Path(cikd.train(replace(tiny, seed=1, crop="resized"))["folder"]) / "student.pt")
+    assert not any(torch.equal(v, other[k]) for k, v in cikd.load(Path(one) / "student.pt").items() if v.ndim > 1)
+
+
 def test_seeds_change_runs_and_methods_share_their_start(tiny):
     runs = {(m, s): cikd.load(Path(cikd.train(replace(tiny, method=m, seed=s))["folder"]) / "student_init.pt")
             for m, s in (("cikd", 0), ("kd", 0), ("cikd", 1))}
@@ -1216,9 +1317,9 @@ def test_writing_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "file.txt"
     cikd.save(path, b"old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    with pytest.raises(cikd.CIKDError, match="file.txt: cannot be written .disk full"):
         cikd.save(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and len(list(path.parent.iterdir())) == 1       # no part of the new one is left
 
 
 def test_a_file_where_a_folder_belongs(tmp_path, capsys):
@@ -1232,16 +1333,37 @@ def test_the_loss_compiles_without_breaks_and_changes_nothing():
     for stage in (cikd.ALI, cikd.LM, cikd.JOINT, cikd.LABELS):
         cfg, student, teacher = models(drop_path=0.0, jitter=0.0)
         compiled = torch.compile(cikd.student_loss, backend="eager", fullgraph=True, dynamic=False)
-        plain, _ = cikd.student_loss(stage, cfg, student, teacher, view, labels, ramp)
-        loss, _ = compiled(stage, cfg, student, teacher, view, labels, ramp)
-        assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+        found = []
+        for loss_of in (cikd.student_loss, compiled):
+            student.zero_grad()
+            loss, _ = loss_of(stage, cfg, student, teacher, view, labels, ramp)
+            loss.backward()
+            found.append((loss.detach(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}))
+        (plain, grads), (loss, others) = found
+        assert torch.allclose(loss, plain, rtol=1e-5) and list(grads) == list(others)
+        assert all(torch.allclose(grads[name], others[name], rtol=1e-3, atol=1e-6) for name in grads)
+
+
+def test_each_stage_is_compiled_once(tiny, monkeypatch, capsys):
+    """Teacher, ALI, LM: three graphs without a break, however often epochs, ramp and learning rate change."""
+    from torch._dynamo.testing import CompileCounter
+    torch.compiler.reset()
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, backend=counter, fullgraph=True, dynamic=dynamic))
+    settings = dict(epochs=5, ali_epochs=2, teacher_epochs=2, ramp_epochs=2, batch_size=20)
+    result = cikd.train(replace(tiny, **settings, compile="on", run_name="compiled"))
+    assert counter.frame_count == 3
+    assert re.findall(r"^(\w+): compiled, \d+ s with the first step$", capsys.readouterr().out, re.M) == ["teacher", "ALI", "LM"]
+    plain = cikd.train(replace(tiny, **settings, run_name="plain", teacher_checkpoint=cikd.read_run(Path(result["folder"]))[0]["teacher_file"]))
+    for a, b in zip(read_metrics(result["folder"]), read_metrics(plain["folder"]), strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3)
 
 
 # ---- 9. command line
 
-def run_cli(cwd, *argv):
+def run_cli(cwd, *argv, **kwargs):
     return subprocess.run([sys.executable, str(Path(cikd.__file__).resolve()), *map(str, argv)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=300, **kwargs)
 
 
 @pytest.mark.parametrize("method", cikd.METHODS)
@@ -1506,3 +1628,64 @@ def test_every_metric_and_file_is_explained_in_the_readme():
     for name in (*COLUMNS, "settings.json", "metrics.csv", "student_init.pt", "student_ali.pt", "student.pt", "last.pt",
                  "teacher.pt", "comparison.csv", "comparison.png"):
         assert f"`{name}`" in README, name
+
+
+# ---- speed: `python test_cikd.py [vit_tiny | vit_micro]` prints the table of the README's section Speed
+
+def speed(student: str = "vit_tiny") -> None:
+    """Images/s of each stage as `train` reports it, on random 32-pixel images, and how near that is to the machine's limit.
+
+    The limit is this machine's rate of large matrix products, in float32 on a CPU and bfloat16 on CUDA, measured in between; what a step
+    has to compute are the floating-point operations that torch's FlopCounterMode counts forward and backward, teacher included.
+    """
+    import resource
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg = cikd.resolve(cikd.Config(dataset="cifar10", student=student))
+    device = cikd.choose_device(cfg)
+    cuda = device.type == "cuda"
+
+    def seconds_of(body, repeats=9):
+        times = []
+        for _ in range(repeats + 2):                         # the first two are a warm-up
+            start = time.perf_counter()
+            body()
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return sorted(times[2:])[repeats // 2]
+
+    side = 8192 if cuda else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32) for _ in range(2))
+    limits = [2 * side ** 3 / seconds_of(lambda: a @ b)]
+    images = torch.randint(0, 256, (cfg.batch_size * (200 if cuda else 6), 3, 32, 32), dtype=torch.uint8)
+    labels = torch.arange(len(images)) % 10
+    data = cikd.Data(images, labels, images[:100], labels[:100], list("0123456789"), "speed")
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:            # two epochs of each stage, the first is a warm-up
+        for method, epochs in (("scratch", 2), ("kd", 2), ("joint", 2), ("cikd", 3)):
+            cikd.train(replace(cfg, method=method, epochs=epochs, ali_epochs=2, teacher_epochs=2, output_dir=folder, run_name=None), data)
+            limits.append(2 * side ** 3 / seconds_of(lambda: a @ b))
+        for path in Path(folder).rglob("metrics.csv"):
+            rows |= {row["stage"]: row for row in read_metrics(path.parent) if row["epoch"] == "2"}
+
+    model, teacher = (m.to(device) for m in (cikd.build_student(cfg, 10), cikd.ResNetTeacher(cfg.teacher, 10, 32)))
+    view, y, ramp = cikd.to_float(images[:cfg.batch_size].to(device)), labels[:cfg.batch_size].to(device), torch.ones((), device=device)
+    on_device = data._replace(train_images=images.to(device), train_labels=labels.to(device))
+    augment = seconds_of(lambda: [None for _ in cikd.batches(on_device, cfg, device)]) / len(images)
+    limit = sorted(limits)[len(limits) // 2]
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"\n{student}, {cfg.teacher}, batch {cfg.batch_size}, {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}"
+          f", torch {torch.__version__}: limit {limit / 1e12:.3g} TFLOP/s (from {min(limits) / 1e12:.3g} to {max(limits) / 1e12:.3g})")
+    print("stage    images/s  GFLOP/image  of limit  augmenting")
+    for name, stage in dict(teacher=None, labels=cikd.LABELS, LM=cikd.LM, ALI=cikd.ALI, **{"ALI+LM": cikd.JOINT}).items():
+        frozen = cikd.freeze(teacher) if stage else teacher
+        with FlopCounterMode(display=False) as counter:
+            loss = cikd.student_loss(stage, cfg, model, frozen, view, y, ramp)[0] if stage else F.cross_entropy(frozen(view)[0], y)
+            loss.backward()
+        flop, rate = counter.get_total_flops() / len(view), float(rows[name]["images_per_second"])
+        print(f"{name:8} {rate:8,.0f}  {flop / 1e9:11.2f}  {flop * rate / limit:7.0%}  {augment * rate:10.1%}")
+    print(f"peak memory {peak / 1e9:.1f} GB")
+
+
+if __name__ == "__main__":
+    speed(*sys.argv[1:])

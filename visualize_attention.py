@@ -191,13 +191,6 @@ def print_table(measured: list[dict], references: dict[str, torch.Tensor]) -> No
 
 
 # %% 3. Figures: each draws into a file and returns its numbers
-def save_figure(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=100)
-    cikd.save(path, buffer.getvalue())
-
-
 def show_map(axes, image: np.ndarray, values: torch.Tensor | None, norm: Normalize, query=None) -> None:
     """A map [g, g] over the dimmed grey image [S, S, 3], or the image alone; the query patch is framed."""
     axes.set(xticks=[], yticks=[])
@@ -234,7 +227,7 @@ def picture_table(run: Run, images: torch.Tensor, labels: torch.Tensor | None, c
     bar = figure.colorbar(ScalarMappable(norm, MAP), ax=axes, shrink=0.9, extend="max", aspect=30)
     bar.set_label(f"{unit} (uniform: {1 / run.grid ** 2:.3f}; weak is transparent)")
     figure.suptitle(title, fontsize=12)
-    save_figure(figure, path)
+    cikd.save(path, figure)
 
 
 def row_labels(run: Run, images: torch.Tensor, labels: torch.Tensor | None) -> list[str]:
@@ -289,7 +282,7 @@ def distances(patch: int, measured: list[dict], references: dict, path: Path) ->
              ylim=(0.85 * low, None))
     axes.secondary_yaxis("right", functions=(lambda y: y * patch, lambda y: y / patch)).set_ylabel("(pixels)")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    save_figure(figure, path)
+    cikd.save(path, figure)
     return measured
 
 
@@ -327,7 +320,7 @@ def kernels(runs: list[Run], images: torch.Tensor, path: Path) -> dict[str, torc
     draw_kernels(figure, panels, max(float(panel.max()) for panel in panels.values()))
     figure.suptitle("Attention by offset from the query: each tile's centre is the query itself, its edges "
                     f"{runs[0].grid - 1} patches away", fontsize=11)
-    save_figure(figure, path)
+    cikd.save(path, figure)
     return panels
 
 
@@ -382,7 +375,7 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
     handles = axes["accuracy"].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle("The curriculum, epoch by epoch", fontsize=12)
-    save_figure(figure, path)
+    cikd.save(path, figure)
     return drawn
 
 
@@ -466,7 +459,6 @@ def visualize(args: argparse.Namespace) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 after an error the user can mend."""
     parser = cikd.Parser(prog="visualize_attention.py", allow_abbrev=False, description=__doc__.split(":")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs [the newest under runs/]")
     parser.add_argument("--image", metavar="FILE", help="show this picture instead of test images")
@@ -477,14 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", metavar="DIR", help="where the run's data set lies now [where it lay]")
     parser.add_argument("--output-dir", metavar="DIR", help="where the figures go [RUN/figures]")
     parser.add_argument("--gif", action="store_true", help="also locality.gif; needs --snapshot-every")
-    try:
-        visualize(parser.parse_args(argv))
-    except (CIKDError, OSError) as error:
-        print(f"visualize_attention: error: {cikd.one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return cikd.run_command("visualize_attention", lambda: visualize(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
