@@ -848,8 +848,8 @@ def save(path: Path, content) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise CIKDError(f"{path}: cannot be written ({one_line(error)}); what was saved before is whole: mend "
-                        "this, then the same command goes on") from None
+        raise CIKDError(f"{path}: cannot be written ({one_line(error)}); what was saved before is whole: "
+                        "make room, then run the same command again") from None
 
 
 def load(path: str | Path) -> dict:
@@ -1154,9 +1154,10 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         raise CIKDError(f"{folder}: was begun with other images; check --data-dir, or give a --run-name")
     if cfg.teacher_checkpoint:                       # refused before anything is written or removed
         load_strictly(ResNetTeacher(cfg.teacher, len(data.classes), cfg.image_size), cfg.teacher_checkpoint)
-    for name in ("last.pt", "student.pt", "student_*.pt", "metrics.csv", "kernels/*") if cfg.overwrite else ():
-        for old in folder.glob(name):
-            old.unlink()
+    if cfg.overwrite:                                # what would be gone on with goes first
+        for name in ("last.pt", "student.pt", "student_*.pt", "metrics.csv", "kernels/*"):
+            for old in folder.glob(name):
+                old.unlink()
     if not (folder / "student.pt").exists():
         try:
             train_student(cfg, data, folder, stored or {})
