@@ -206,6 +206,19 @@ def test_folder_reads_every_kind_of_image(tmp_path):
     assert (images["pixel.png"] == torch.tensor(rgb[0, 0])[:, None, None]).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_images_are_resized_as_torchvision_does(seed):
+    rng = np.random.default_rng(seed)
+    side, longer, size = (int(rng.integers(low, high)) for low, high in ((30, 60), (1, 20), (20, 70)))
+    wide = Image.fromarray(rng.integers(0, 256, (side, side + 2 * longer, 3), dtype=np.uint8))
+    TF = torchvision.transforms.functional
+    for image in (wide, wide.transpose(Image.Transpose.ROTATE_90), TF.center_crop(wide, side)):
+        ours, want = cikd.to_rgb(image, size), TF.pil_to_tensor(TF.resize(TF.center_crop(image, side), size, TF.InterpolationMode.BICUBIC))
+        edge = 0 if image.width == image.height else size // 4               # beyond the crop, ours still sees the neighbours
+        apart = (ours.int() - want.int())[:, edge:size - edge, edge:size - edge].abs().max()
+        assert apart <= (1 if edge else 0)
+
+
 def test_folder_takes_the_train_folders_numbers(tmp_path):
     root = make_folder(tmp_path, classes=("ant", "bee", "cat"), test_name="val")
     for path in (root / "val" / "ant").iterdir():
@@ -844,6 +857,7 @@ def test_curriculum_switches_once_at_ali_epochs():
                                            (cikd.LABELS, [0, 1, 0])])
 def test_the_loss_is_made_of_what_the_stage_learns(stage, learned):
     loss, terms, _ = gradients(stage, torch.arange(12) % 10)
+    assert not terms.requires_grad                           # kept until the epoch ends: must not hold the graphs
     assert (terms > 0).int().tolist() == learned
     assert float(loss) == pytest.approx(float(terms[0] + terms[1] + 0.5 * terms[2]), rel=1e-5)
 
