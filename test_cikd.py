@@ -212,7 +212,7 @@ def test_images_are_resized_as_torchvision_does(seed):
     side, longer, size = (int(rng.integers(low, high)) for low, high in ((30, 60), (1, 20), (20, 70)))
     wide = Image.fromarray(rng.integers(0, 256, (side, side + 2 * longer, 3), dtype=np.uint8))
     TF = torchvision.transforms.functional
-    for image in (wide, wide.transpose(Image.Transpose.ROTATE_90), TF.center_crop(wide, side)):
+    for image in (wide, TF.center_crop(wide, side)):
         ours, want = cikd.to_rgb(image, size), TF.pil_to_tensor(TF.resize(TF.center_crop(image, side), size, TF.InterpolationMode.BICUBIC))
         edge = 0 if image.width == image.height else size // 4               # beyond the crop, ours still sees the neighbours
         apart = (ours.int() - want.int())[:, edge:size - edge, edge:size - edge].abs().max()
