@@ -134,6 +134,12 @@ def test_rows_fill_what_is_not_given():
     assert cikd.resolve(cfg) == cfg                          # a resolved one stays as it is
 
 
+def test_pairs_count_blocks_from_0_and_stages_from_1():
+    cfg = cikd.resolve(cikd.Config())
+    assert cikd.parse_pairs(cfg) == [(0, 0), (5, 1)]         # the first and last block, layer1 and layer2
+    assert cikd.parse_pairs(replace(cfg, pairs="2:3, last:1")) == [(2, 2), (5, 0)]
+
+
 def test_run_names_tell_runs_apart():
     names = {cikd.resolve(cikd.Config(**kw)).run_name for kw in (
         {}, dict(seed=1), dict(method="kd"), dict(tau=0.1), dict(tau=0.3), dict(train_size=100), dict(dataset="dtd"))}
@@ -1644,9 +1650,9 @@ def test_every_metric_and_file_is_explained_in_the_readme():
         assert f"`{name}`" in README, name
 
 
-# ---- speed: `python test_cikd.py [vit_tiny | vit_micro]` prints the table of the README's section Speed
+# ---- speed: `python test_cikd.py [vit_tiny | vit_micro] [auto | on | off]` prints the table of the README's section Speed
 
-def speed(student: str = "vit_tiny") -> None:
+def speed(student: str = "vit_tiny", compile: str = "auto") -> None:
     """Images/s of each stage as `train` reports it, on random 32-pixel images, and how near that is to the machine's limit.
 
     The limit is this machine's rate of large matrix products, in float32 on a CPU and bfloat16 on CUDA, measured in between; what a step
@@ -1654,7 +1660,7 @@ def speed(student: str = "vit_tiny") -> None:
     """
     import resource
     from torch.utils.flop_counter import FlopCounterMode
-    cfg = cikd.resolve(cikd.Config(dataset="cifar10", student=student))
+    cfg = cikd.resolve(cikd.Config(dataset="cifar10", student=student, compile=compile))
     device = cikd.choose_device(cfg)
     cuda = device.type == "cuda"
 
@@ -1688,7 +1694,7 @@ def speed(student: str = "vit_tiny") -> None:
     augment = seconds_of(lambda: [None for _ in cikd.batches(on_device, cfg, device)]) / len(images)
     limit = sorted(limits)[len(limits) // 2]
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"\n{student}, {cfg.teacher}, batch {cfg.batch_size}, {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}"
+    print(f"\n{student}, {cfg.teacher}, batch {cfg.batch_size}, compile {compile}, {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}"
           f", torch {torch.__version__}: limit {limit / 1e12:.3g} TFLOP/s (from {min(limits) / 1e12:.3g} to {max(limits) / 1e12:.3g})")
     print("stage    images/s  GFLOP/image  of limit  augmenting")
     for name, stage in dict(teacher=None, labels=cikd.LABELS, LM=cikd.LM, ALI=cikd.ALI, **{"ALI+LM": cikd.JOINT}).items():
