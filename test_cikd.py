@@ -935,6 +935,13 @@ def test_a_run_leaves_what_the_readme_says(tiny):
     assert torch.equal(init["head.weight"], ali["head.weight"]) and not torch.equal(ali["head.weight"], last["head.weight"])
 
 
+def test_the_last_epochs_accuracy_counts_not_the_best_ones(tiny, monkeypatch, capsys):
+    accuracies = iter([90.0, 70.0, 80.0])
+    monkeypatch.setattr(cikd, "evaluate", lambda *_: next(accuracies))
+    result = cikd.train(replace(tiny, method="scratch", epochs=3))
+    assert result["accuracy"] == 80 and "accuracy 80.0 % after 3 epochs" in capsys.readouterr().out
+
+
 def test_the_optimizer_is_fresh_after_the_switch_and_ramp_counts_from_it(tiny, monkeypatch):
     made, ramps, loss = [], [], cikd.student_loss
     adamw = cikd.adamw
