@@ -38,6 +38,7 @@ import socket
 import statistics
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -204,8 +205,11 @@ def resolve(cfg: Config) -> Config:
     """A checked copy with every None filled in. Raises CIKDError that names the setting."""
     for f in fields(cfg):
         value, low, high, choices = getattr(cfg, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
-        for v in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
-            if not isinstance(v, KINDS[kind_of(f)]) or v == "" or choices and v not in choices or \
+        several = isinstance(value, (tuple, list)) and f.type.startswith("tuple")
+        for v in value if several else () if value is None and f.default is None else (value,):
+            kind = KINDS[kind_of(f)]
+            if not isinstance(v, kind) or v == "" or choices and v not in choices or \
+                    isinstance(v, bool) and kind is not bool or \
                     low is not None and not low <= v <= high:       # refuses nan too
                 allowed = f"one of {', '.join(choices)}" if choices else kind_of(f) if low is None else \
                     f"{kind_of(f)} from {low} to {high}"
@@ -235,7 +239,8 @@ def resolve(cfg: Config) -> Config:
          "--pretrained-teacher: fits --teacher resnet18 or resnet34 and --image-size above 64 only"),
         (cfg.resume and many, "--resume: goes on with one run; --compare and --seeds go on by themselves"),
         (named and many, "--run-name: names one run, but --compare and --seeds make several"),
-        (Path(cfg.run_name).name != cfg.run_name or cfg.run_name == "..",
+        (cfg.resume and cfg.overwrite, "--resume: goes on with a run; --overwrite would remove it"),
+        (Path(cfg.run_name).name != cfg.run_name or cfg.run_name in ("..", "teachers"),
          f"--run-name: {cfg.run_name!r} is no plain folder name"),
         (cfg.seeds and len(set(cfg.seeds)) < len(cfg.seeds), "--seeds: names a seed twice"),
         (cfg.device == "cuda" and not torch.cuda.is_available() or
@@ -249,7 +254,7 @@ def resolve(cfg: Config) -> Config:
 
 
 def data_name(cfg: Config) -> str:
-    return Path(cfg.data_dir).resolve().name if cfg.dataset == "folder" else cfg.dataset
+    return os.path.basename(os.path.abspath(cfg.data_dir)) if cfg.dataset == "folder" else cfg.dataset
 
 
 def default_name(cfg: Config) -> str:
@@ -266,7 +271,8 @@ def parse_pairs(cfg: Config) -> list[tuple[int, int]]:
     depth, stages, pairs = STUDENTS[cfg.student]["depth"], len(TEACHERS[cfg.teacher][0]), []
     for part in cfg.pairs.split(","):
         block, _, stage = part.strip().replace("last", str(depth - 1)).partition(":")
-        if not (block.isdecimal() and stage.isdecimal() and int(block) < depth and 1 <= int(stage) <= stages):
+        numbers = block.isdecimal() and stage.isdecimal() and len(part) < 20
+        if not (numbers and int(block) < depth and 1 <= int(stage) <= stages):
             raise CIKDError(f"--pairs: {part!r} is not BLOCK:STAGE; BLOCK must be from 0 to {depth - 1}, or "
                             f"last, STAGE from 1 to {stages}")
         channels = TEACHERS[cfg.teacher][1] * 2 ** (int(stage) - 1)
@@ -327,8 +333,7 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.
 
 
 def to_rgb(image: Image.Image, size: int) -> torch.Tensor:
-    """Any PIL image -> uint8 [3, size, size]: upright, RGB, alpha over white, middle square, resized."""
-    image = ImageOps.exif_transpose(image)
+    """Any PIL image -> uint8 [3, size, size]: RGB, alpha over white, middle square, resized."""
     if image.mode == "F" or image.mode.startswith("I"):     # deep grey: Pillow would clip, not scale
         grey = np.asarray(image, np.float64)
         top = 65535 if image.mode != "F" else 1 if grey.max() <= 1 else 255
@@ -341,12 +346,13 @@ def to_rgb(image: Image.Image, size: int) -> torch.Tensor:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file whole. Raises CIKDError with its name if that fails."""
+    """Read an image file whole and turn it upright (EXIF). Raises CIKDError with its name if that fails."""
     try:
+        if not os.path.isfile(path):                 # a pipe would be waited for for ever
+            raise OSError("there is no such file, or it is none")
         with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:                       # Pillow raises whatever a broken file leads to
         raise CIKDError(f"{path}: not a readable image ({one_line(error)}); mend or remove it") from None
 
 
@@ -372,6 +378,10 @@ def decode(dataset, size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 class Folder(torchvision.datasets.ImageFolder):
     def find_classes(self, directory):               # .ipynb_checkpoints and the like are no classes
         classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        for base, folders, _ in (step for name in classes for step in os.walk(os.path.join(directory, name))):
+            if links := [name for name in folders if os.path.islink(os.path.join(base, name))]:
+                raise CIKDError(f"{os.path.join(base, links[0])}: a link to a folder, by which images could "
+                                "be met twice; put the images themselves there")
         return classes, {name: i for i, name in enumerate(classes)}
 
 
@@ -385,7 +395,7 @@ def load_folder(cfg: Config) -> list[tuple]:
                             "DIR/test/CLASS/ (or DIR/val/CLASS/) of --data-dir DIR")
         try:
             dataset = Folder(str(path), loader=open_image)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise CIKDError(f"{path}: {one_line(error)}") from None
         classes = splits[0][2] if splits else dataset.classes
         if unknown := sorted(set(dataset.classes) - set(classes)):
@@ -810,6 +820,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{seconds:02} min"
 
 
+def plain(text: str) -> str:
+    """A user's text as a figure can show it: no byte that is not UTF-8, no formula between dollar signs."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def status(text: str, last: bool = True) -> None:
     """A line that replaces itself on a terminal; when piped, only the last one is printed."""
     if sys.stdout.isatty():
@@ -848,13 +863,15 @@ def save(path: Path, content) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise CIKDError(f"{path}: cannot be written ({one_line(error)}); what was saved before is whole: "
-                        "make room, then run the same command again") from None
+        raise CIKDError(f"{path}: cannot be written ({one_line(error)}); what was saved before is whole; "
+                        "when it can be, run the same command again") from None
 
 
 def load(path: str | Path) -> dict:
     """Tensors and plain values only: weights_only refuses a pickle that would run code. Raises CIKDError."""
     try:
+        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"{part} in it is damaged")         # torch does not look at the checksums
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                       # torch raises whatever a broken file leads to
         foreign = isinstance(error, pickle.UnpicklingError)
@@ -992,10 +1009,17 @@ def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, dev
         checkpoint = load(folder / "last.pt")
         try:
             rows = checkpoint["rows"]
+            if [row["stage"] for row in rows] != [stage.name for stage in plan[:len(rows)]] or not rows:
+                raise ValueError("it has other epochs")
             model.load_state_dict(checkpoint["model"])
             optimizer = optimizer_of(plan[len(rows) - 1])
+            names = [set(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            kept = [(p, t) for p, state in optimizer.state.items() for t in state.values()]
+            if names != [set(group) for group in optimizer.param_groups] or any(
+                    t.ndim and t.shape != p.shape for p, t in kept):
+                raise ValueError("it has another optimizer")
+        except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             raise CIKDError(f"{folder / 'last.pt'}: is no checkpoint of this run ({one_line(error)[:150]}); "
                             "remove it, or start again with --overwrite") from None
         print(f"{phase}: going on after epoch {len(rows)} of {epochs}", flush=True)
@@ -1072,6 +1096,7 @@ def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTe
         if not path.exists():
             save(path.with_name("settings.json"), facts)
             train_teacher(teacher.to(device), cfg, data, device, path)
+        path.with_name("last.pt").unlink(missing_ok=True)
     load_strictly(teacher, path)
     teacher = freeze(teacher).to(device)
     accuracy = evaluate(teacher, data.test_images, data.test_labels, device, 2 * cfg.batch_size)
@@ -1103,7 +1128,6 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
         loss_of=loss_of,
         measure=lambda epoch: dict(accuracy=evaluate(teacher, *test, device, 2 * cfg.batch_size)))
     save(path, teacher.state_dict())
-    path.with_name("last.pt").unlink(missing_ok=True)
 
 
 def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
@@ -1124,13 +1148,15 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         facts = dict(settings=asdict(Config(**facts.pop("settings"))), data=facts.pop("data")) | facts
         if (folder / "metrics.csv").exists() or (folder / "student.pt").exists():
             rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-            if not rows:
-                raise ValueError("metrics.csv is empty")
+            numbers = [float(row[name]) for row in rows for name in row if name != "stage"]
+            if not numbers or not {"stage", "accuracy", "attention_distance", "seconds"} <= set(rows[0]):
+                raise ValueError("metrics.csv is empty or of something else")
         return facts, rows
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise CIKDError(f"{folder}: holds no run ({one_line(error)})") from None
-    except (KeyError, TypeError) as error:
-        raise CIKDError(f"{folder}: settings.json is of another version ({one_line(error)})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CIKDError(f"{folder}: settings.json or metrics.csv is of another version ({one_line(error)}); "
+                        "read it with that, or train again") from None
 
 
 def train(cfg: Config, data: Data | None = None) -> dict:
@@ -1154,18 +1180,18 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         raise CIKDError(f"{folder}: was begun with other images; check --data-dir, or give a --run-name")
     if cfg.teacher_checkpoint:                       # refused before anything is written or removed
         load_strictly(ResNetTeacher(cfg.teacher, len(data.classes), cfg.image_size), cfg.teacher_checkpoint)
-    if cfg.overwrite:                                # what would be gone on with goes first
-        for name in ("last.pt", "student.pt", "student_*.pt", "metrics.csv", "kernels/*"):
-            for old in folder.glob(name):
-                old.unlink()
-    if not (folder / "student.pt").exists():
+    if cfg.overwrite or not (folder / "student.pt").exists():
         try:
             train_student(cfg, data, folder, stored or {})
         except KeyboardInterrupt:
             print(f"\nstopped; to go on: python cikd.py --resume {shlex.quote(str(folder))}", flush=True)
             raise
-    (folder / "last.pt").unlink(missing_ok=True)
+    load_strictly(build_student(cfg, len(data.classes)), folder / "student.pt")     # a finished run is whole
     rows = read_run(folder)[1]
+    if len(rows) != cfg.epochs:
+        raise CIKDError(f"{folder}: metrics.csv holds {len(rows)} of {cfg.epochs} epochs; train again with "
+                        "--overwrite")
+    (folder / "last.pt").unlink(missing_ok=True)
     result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows),
                   minutes=sum(float(row["seconds"]) for row in rows) / 60, folder=str(folder))
     print(f"{cfg.method} on {data_name(cfg)}, seed {cfg.seed}: accuracy {result['accuracy']:.1f} % after "
@@ -1184,11 +1210,19 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
     facts = dict(settings=asdict(replace(cfg, resume=None, overwrite=False)), classes=data.classes,
                  data=data.fingerprint, extra_data=cfg.pretrained_teacher, torch=torch.__version__,
                  device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
-    for left in folder.glob("*.tmp"):                # by a run that was killed while it wrote
-        left.unlink(missing_ok=True)
-    if not stored:
-        save(folder / "settings.json", facts)
-    save(folder / "student_init.pt", student.state_dict())
+
+    def begin():
+        old = ("last.pt", "student.pt", "student_*.pt", "metrics.csv", "kernels/*") if cfg.overwrite else ()
+        for name in (*old, "**/*.tmp"):              # *.tmp: by a run that was killed while it wrote
+            for path in folder.glob(name):
+                if path.is_file():
+                    path.unlink()
+        if not stored:
+            save(folder / "settings.json", facts)
+        save(folder / "student_init.pt", student.state_dict())
+
+    if not cfg.overwrite:
+        begin()
     print(f"{folder}: {len(data.train_labels)} training and {len(data.test_labels)} test images, "
           f"{len(data.classes)} classes, {sum(p.numel() for p in student.parameters()):,} parameters, on "
           f"{facts['device']}\n  " + " ".join(f"{k}={getattr(cfg, k)}" for k in RESULT_FIELDS), flush=True)
@@ -1202,6 +1236,9 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
         if stored.get("teacher", facts["teacher"]) != facts["teacher"]:
             raise CIKDError(f"{path}: is not the teacher that {folder} was begun with; bring that back, or "
                             "start again with --overwrite")
+    if cfg.overwrite:                                # not before all that it needs is there
+        begin()
+    elif teacher:
         save(folder / "settings.json", facts)
     loss_fn = torch.compile(student_loss, dynamic=False) if compiles(cfg, device) else student_loss
 
@@ -1241,7 +1278,7 @@ def train_many(cfg: Config) -> list[dict]:
     name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds", seed=0))
     folder = Path(cfg.output_dir) / name.removesuffix("-seed0")
     save(folder / "comparison.csv", results)
-    title = f"{data_name(cfg)}, {results[0]['epochs']} epochs: a dot for each seed, bar: mean"
+    title = f"{plain(data_name(cfg))}, {results[0]['epochs']} epochs: a dot for each seed, bar: mean"
     plot_comparison(results, methods, folder / "comparison.png", title)
     print(f"\n{'method':8}  accuracy (%)  seeds  minutes")
     for method in methods:
@@ -1293,6 +1330,7 @@ def make_parser() -> Parser:
 
 def run_command(prog: str, body) -> int:
     """Run body(); an error the user can mend becomes one line. Returns the exit code: 0, 2, 130: Ctrl-C."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")     # closed by whoever started us
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):           # a terminal that cannot print ± must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -1322,7 +1360,9 @@ def run(argv: list[str] | None) -> None:
         if one in given and other in given:
             raise CIKDError(f"--{one}: contradicts --{other}; give one of them")
     if "resume" in given:
-        given = read_run(Path(given["resume"]))[0]["settings"] | given
+        folder = Path(given["resume"])               # may have been moved, or be named from elsewhere
+        stored = read_run(folder)[0]["settings"] | dict(output_dir=str(folder.parent), overwrite=False)
+        given = stored | given
     cfg = Config(**given)
     if cfg.compare or cfg.seeds:
         train_many(cfg)

@@ -90,11 +90,12 @@ BAD = [
     ("--pretrained-teacher", "", "above 64 only"), ("--pretrained-teacher", "--teacher-checkpoint t.pt", "contradicts"),
     ("--resume", "nowhere", "holds no run"), ("--teacher-checkpoint", "missing.pt", "missing.pt"),
     ("--epoch", "3", "--epoch"), ("--heads", "32", "channels"),
+    ("--run-name", "teachers", "--run-name"), ("--pairs", "0:" + 5000 * "9", "--pairs"), ("--resume", "r --overwrite", "holds no run"),
     ("--compare", "--method kd", "contradicts"), ("--seeds", "1 2 --seed 3", "contradicts"), ("--colour", "blue", "--colour"), ("extra", "", "extra"),
 ]
 
 
-@pytest.mark.parametrize("option,value,says", BAD, ids=[" ".join(b[:2]).strip() for b in BAD])
+@pytest.mark.parametrize("option,value,says", BAD, ids=[" ".join(b[:2]).strip()[:40] for b in BAD])
 def test_bad_arguments(option, value, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cikd, "train_student", lambda *_: pytest.fail("training began"))
@@ -260,6 +261,12 @@ FOLDER_FAULTS = {
     "truncated JPEG": (lambda r: (make_folder(r) / "train" / "cat" / "a.jpg").write_bytes(jpeg(0)[: len(jpeg(0)) // 2]), "a.jpg: not a readable"),
     "zero bytes": (lambda r: (make_folder(r) / "train" / "cat" / "0.png").write_bytes(b""), "0.png: not a readable"),
     "text": (lambda r: (make_folder(r) / "train" / "cat" / "0.png").write_text("hello"), "0.png: not a readable"),
+    "pipe": (lambda r: os.mkfifo(make_folder(r) / "train" / "cat" / "a.png"), "a.png: not a readable"),
+    "link to itself": (lambda r: (make_folder(r) / "train" / "cat" / "more").symlink_to("."), "more: a link to a folder"),
+    "link to above": (lambda r: (make_folder(r) / "train" / "cat" / "more").symlink_to(".."), "more: a link to a folder"),
+    "hidden classes": (lambda r: (make_folder(r, classes=("cat",)) / "train" / "cat").rename(r / "train" / ".cat"), "train: "),
+    "damaged EXIF": (lambda r: Image.new("RGB", (9, 9)).save(make_folder(r) / "train" / "cat" / "a.webp", exif=b"\0M\0*\0\0\0\x08"),
+                     "a.webp: not a readable"),
     "bomb": (lambda r: (make_folder(r) / "train" / "cat" / "0.png").write_bytes(bomb()), "0.png: not a readable"),
 }
 
@@ -277,8 +284,10 @@ def bomb() -> bytes:
             + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and links")
 @pytest.mark.parametrize("fault", FOLDER_FAULTS)
-def test_folder_faults(fault, tmp_path, capsys):
+def test_folder_faults(fault, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cikd, "train_student", lambda *_: pytest.fail("training began"))
     make, says = FOLDER_FAULTS[fault]
     make(tmp_path / "data")
     assert says in fails(capsys, "--dataset", "folder", "--data-dir", tmp_path / "data", "--image-size", 32,
@@ -1139,7 +1148,11 @@ def test_another_teacher_does_not_go_on(tiny, monkeypatch, capsys):
 @pytest.mark.parametrize("fault,says", [
     ("settings type", "--epochs: '2'"), ("settings key", "another version"), ("settings text", "holds no run"),
     ("no metrics", "holds no run"), ("last rows", "no checkpoint of this run"), ("last cut", "not a readable checkpoint"),
-    ("last optimizer", "no checkpoint of this run"), ("folder is a file", "")])
+    ("last optimizer", "no checkpoint of this run"), ("last moments", "no checkpoint of this run"), ("last none", "no checkpoint of this run"),
+    ("last flip", "is damaged"), ("student flip", "is damaged"), ("student folder", "not a readable checkpoint"), ("metrics short", "1 of 2 epochs"),
+    ("metrics text", "holds no run"), ("metrics row", "another version"), ("json 3", "another version"), ("json null", "another version"),
+    ("json [" + 9999 * "[", "holds no run"), ("set dataset null", "--dataset"), ("set heads [4]", "--heads"), ("set seed true", "--seed"),
+    ("set tau null", "--tau"), ("folder is a file", "")], ids=lambda text: text[:20])
 def test_damaged_runs(fault, says, tiny, capsys, monkeypatch):
     monkeypatch.setattr(cikd, "save", (lambda real: lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt)
                                        if path.name == "student.pt" and fault.startswith("last") else real(path, content))(cikd.save))
@@ -1154,12 +1167,29 @@ def test_damaged_runs(fault, says, tiny, capsys, monkeypatch):
         facts["settings"]["epochs"] = "2"
     if fault == "settings key":
         del facts["data"]
-    (run / "settings.json").write_text("{" if fault == "settings text" else json.dumps(facts))
+    if fault.startswith("set "):
+        facts["settings"][fault.split()[1]] = json.loads(fault.split()[2])
+    (run / "settings.json").write_text("{" if fault == "settings text" else fault[5:] if fault.startswith("json") else json.dumps(facts))
     if fault == "no metrics":
         (run / "metrics.csv").unlink()
-    if fault.startswith("last"):
+    if fault in ("last rows", "last optimizer", "last moments", "last none"):
         last = cikd.load(run / "last.pt")
-        cikd.save(run / "last.pt", {k: ({} if k == "optimizer" else v) for k, v in last.items() if fault != "last rows" or k != "rows"})
+        moments = last["optimizer"]["state"][0]
+        cikd.save(run / "last.pt", {"last rows": {k: v for k, v in last.items() if k != "rows"}, "last optimizer": last | {"optimizer": {}},
+                                    "last moments": last if moments.update(exp_avg=torch.zeros(3)) is None else None,
+                                    "last none": last | {"rows": []}}[fault])
+    if fault.endswith("flip"):                               # one bit, in the middle of the weights
+        path = run / ("last.pt" if fault == "last flip" else "student.pt")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0x40
+        path.write_bytes(content)
+    if fault == "student folder":
+        (run / "student.pt").unlink()
+        (run / "student.pt").mkdir()
+    if fault.startswith("metrics"):
+        lines = (run / "metrics.csv").read_text().splitlines()
+        (run / "metrics.csv").write_text("\n".join({"metrics short": lines[:2], "metrics text": [lines[0], lines[1].replace("0.", "x")],
+                                                    "metrics row": [*lines[:2], "ALI,1"]}[fault]))
     if fault == "last cut":
         shorten(run / "last.pt")
     if fault == "folder is a file":
@@ -1202,6 +1232,34 @@ def test_out_of_memory_is_said_plainly(tiny, monkeypatch, capsys):
     monkeypatch.setattr(cikd, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError):                        # what only a programmer can mend keeps its traceback
         cikd.main([])
+
+
+def test_overwrite_removes_nothing_before_all_it_needs_is_there(tiny, capsys):
+    run = Path(cikd.train(replace(tiny, run_name="r"))["folder"])
+    files = {p: p.read_bytes() for p in run.iterdir()}
+    Path(cikd.read_run(run)[0]["teacher_file"]).write_bytes(b"junk")
+    with pytest.raises(cikd.CIKDError, match="teacher.pt: not a readable"):
+        cikd.train(replace(tiny, run_name="r", overwrite=True))
+    assert {p: p.read_bytes() for p in run.iterdir()} == files
+    assert "--overwrite would remove" in fails(capsys, "--resume", run, "--overwrite")
+
+
+def test_a_run_goes_on_from_anywhere(tiny, tmp_path, monkeypatch):
+    """A stopped run, moved with its teacher and named by another path, trains no second teacher."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cikd, "seed_torch", lambda *parts, real=cikd.seed_torch: cikd.stop if parts[1:] == ("student", 1) else real(*parts))
+    with pytest.raises(AttributeError):
+        cikd.train(replace(tiny, output_dir="here", run_name="r"))
+    monkeypatch.undo()
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setattr(cikd, "train_teacher", lambda *_: pytest.fail("a second teacher"))
+    assert cikd.main(["--resume", str(tmp_path / "there" / "r")]) == 0
+    assert not (tmp_path / "here").exists() and (tmp_path / "there" / "r" / "student.pt").exists()
+
+
+def test_a_closed_stdout_does_not_matter(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cikd.main(["--heads", "5"]) == 2
 
 
 def test_overwrite_starts_again(tiny):
@@ -1586,9 +1644,11 @@ def test_runs_that_were_moved_find_their_teacher(runs, tmp_path, monkeypatch):
     ("mismatched", "does not fit"), ("other version", "another version"), ("no teacher", "not a readable checkpoint"),
     ("no snapshots", "no snapshots"), ("--index 99", "--index"), ("--query 8,0", "--query"), ("--query 1", "--query"),
     ("--block 6", "--block"), ("--head 4", "--head"), ("--image nowhere.png", "nowhere.png"), ("--colour red", "--colour"),
-    ("--head x", "--head")])
+    ("--head x", "--head"), ("--query " + 5000 * "9" + ",0", "--query"), ("--index" + 41 * " 0", "--index"), ("--image ", "not a readable image"),
+    ("set heads 7", "--heads"), ("set patch_size 0", "--patch-size"), ("classes 3", "not as it was written"),
+    ("epochs", "not as it was written")], ids=lambda text: text[:20])
 def test_visualize_faults(fault, says, runs, tmp_path, capsys):
-    run, extra = tmp_path / "run", fault.split() if fault.startswith("--") else []
+    run, extra = tmp_path / "run", ["--image", ""] if fault == "--image " else fault.split() if fault.startswith("--") else []
     if fault != "missing":
         copy_run(runs[1], run)
     if fault == "unfinished":
@@ -1602,11 +1662,28 @@ def test_visualize_faults(fault, says, runs, tmp_path, capsys):
         facts["settings"]["colour"] = "red"
     if fault == "no teacher":
         facts["teacher_file"] = "runs/nowhere/teacher.pt"
+    if fault.startswith("set "):
+        facts["settings"][fault.split()[1]] = json.loads(fault.split()[2])
+    if fault == "classes 3":
+        facts["classes"] = 3
+    if fault == "epochs":
+        facts["settings"]["epochs"] = 7
     if fault != "missing":
         (run / "settings.json").write_text(json.dumps(facts))
     assert va.main([str(run), "--output-dir", str(tmp_path / "out"), *extra, *["--gif"] * (fault == "no snapshots")]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"visualize_attention: error: [^\n]+\n", error) and says in error
+
+
+def test_names_that_are_formulas_or_no_text_are_drawn_as_they_are(tmp_path, capsys):
+    names = (r"a$_$b", r"$\frac$", os.fsdecode(b"c\xff"))
+    root = make_folder(tmp_path / "$x^$", classes=names, train=4, test=2)
+    args = ["--dataset", "folder", "--image-size", 32, "--patch-size", 8, "--student", "vit_micro", "--epochs", 2, "--teacher-epochs", 1,
+            "--data-dir", root, "--output-dir", tmp_path / "runs", "--compare"]
+    assert cikd.main([str(a) for a in args]) == 0
+    run, = (p for p in (tmp_path / "runs").iterdir() if "-cikd-" in p.name)
+    twin = copy_run(run, tmp_path / "runs" / "$2$")                          # its name will be a label
+    assert va.main([str(run), str(twin), "--output-dir", str(tmp_path / "out"), "--index", "0", "2", "4"]) == 0
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys):

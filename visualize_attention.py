@@ -68,7 +68,11 @@ def load_run(folder: str | Path) -> Run:
     facts, rows = cikd.read_run(folder)
     if not (folder / "student.pt").exists():
         raise CIKDError(f"{folder}: is not finished; go on with `python cikd.py --resume {folder}`")
-    cfg, classes = cikd.Config(**facts["settings"]), facts.get("classes", [])
+    here = dict(device="cpu", teacher_checkpoint=None, resume=None)    # those need not be here any more
+    cfg, classes = cikd.resolve(cikd.Config(**facts["settings"] | here)), facts.get("classes")
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(c, str) for c in classes) or \
+            not isinstance(facts.get("teacher_file", ""), str) or len(rows) != cfg.epochs:
+        raise CIKDError(f"{folder}: settings.json or metrics.csv is not as it was written; train again")
     teacher_file = facts.get("teacher_file")
     if teacher_file and not Path(teacher_file).exists():     # the runs were moved: look beside this one
         teacher_file = folder.parent / "teachers" / Path(teacher_file).parent.name / "teacher.pt"
@@ -88,7 +92,7 @@ def load_run(folder: str | Path) -> Run:
 
 def run_images(run: Run, image: str | None, data_dir: str | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """uint8 [n, 3, S, S] and labels [n]: the run's own test images, or one picture and None."""
-    if image:
+    if image is not None:
         return cikd.to_rgb(cikd.open_image(image), run.cfg.image_size)[None], None
     run.cfg.data_dir = data_dir or run.cfg.data_dir
     data = cikd.load_dataset(run.cfg)
@@ -152,7 +156,7 @@ def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, s
     for i, run in enumerate(runs[1:]):
         stage, student = list(run.students.items())[-1]
         twins = sum(other.cfg.method == run.cfg.method for other in runs)
-        label = run.cfg.method + (f" ({run.folder.name})" if twins > 1 else "")
+        label = cikd.plain(run.cfg.method + (f" ({run.folder.name})" if twins > 1 else ""))
         shown.append((run, stage, student, label, OTHERS[i % len(OTHERS)]))
     return shown
 
@@ -234,9 +238,9 @@ def row_labels(run: Run, images: torch.Tensor, labels: torch.Tensor | None) -> l
     """True class, predicted class and its probability, by the run's last student."""
     with torch.no_grad():
         p = list(run.students.values())[-1](cikd.to_float(images)).softmax(1)
-    by = f"predicted by {run.cfg.method}"
-    text = [f"{by}:\n{run.classes[int(k)]} ({100 * float(c):.0f} %)" for c, k in zip(*p.max(1))]
-    return text if labels is None else [f"true: {run.classes[int(y)]}\n{t}" for y, t in zip(labels, text)]
+    by, classes = f"predicted by {run.cfg.method}", [cikd.plain(name) for name in run.classes]
+    text = [f"{by}:\n{classes[int(k)]} ({100 * float(c):.0f} %)" for c, k in zip(*p.max(1))]
+    return text if labels is None else [f"true: {classes[int(y)]}\n{t}" for y, t in zip(labels, text)]
 
 
 def heatmaps(runs: list[Run], images: torch.Tensor, labels: torch.Tensor | None, path: Path,
@@ -382,11 +386,11 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
 def locality_gif(run: Run, path: Path) -> list[int]:
     """The kernels epoch by epoch, from what --snapshot-every kept. Returns the epochs. Raises CIKDError."""
     from PIL import Image
-    files = sorted((run.folder / "kernels").glob("epoch_*.pt"))
-    if not files:
+    files = {epoch: run.folder / "kernels" / f"epoch_{epoch:04}.pt" for epoch in range(len(run.rows) + 1)}
+    epochs = [epoch for epoch, file in files.items() if file.exists()]
+    if not epochs:
         raise CIKDError(f"{run.folder}: holds no snapshots for --gif; train with --snapshot-every 1")
-    frames = [cikd.load(file)["kernels"].float() for file in files]         # each [blocks, H, 2g-1, 2g-1]
-    epochs = [int(file.stem.split("_")[1]) for file in files]
+    frames = [cikd.load(files[epoch])["kernels"].float() for epoch in epochs]    # each [blocks, H, 2g-1, 2g-1]
     top, pictures = max(float(frame.max()) for frame in frames), []
     blocks, heads = frames[0].shape[:2]
     for epoch, frame in zip(epochs, frames):
@@ -407,7 +411,7 @@ def locality_gif(run: Run, path: Path) -> list[int]:
 def parse_query(text: str | None, grid: int) -> tuple[int, int]:
     """--query ROW,COL, in patches from 0; by default a patch left of the middle. Raises CIKDError."""
     parts = text.split(",") if text else [str(grid // 2), str(grid // 4)]
-    if len(parts) != 2 or not all(p.strip().isdecimal() and int(p) < grid for p in parts):
+    if len(parts) != 2 or not all(p.strip().isdecimal() and len(p) < 9 and int(p) < grid for p in parts):
         raise CIKDError(f"--query: {text!r} is not ROW,COL with both from 0 to {grid - 1}")
     return int(parts[0]), int(parts[1])
 
@@ -434,6 +438,8 @@ def visualize(args: argparse.Namespace) -> Path:
     index = args.index
     if not index:                                                # one image of each of the first four classes
         index = [0] if labels is None else [int((labels == k).nonzero()[0]) for k in labels.unique()[:4]]
+    if len(index) > 40:
+        raise CIKDError(f"--index: {len(index)} images are too many for one figure; name 40 at most")
     for i in index:
         if not 0 <= i < len(images):
             raise CIKDError(f"--index: {i} is not an image from 0 to {len(images) - 1}")
