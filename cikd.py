@@ -423,7 +423,7 @@ def load_torchvision(cfg: Config) -> list[tuple]:
             if len(dataset) != count:
                 raise OSError(f"{len(dataset)} images where {count} belong")
             images, labels = decode(dataset, cfg.image_size, f"{cfg.dataset} {name}")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:
             raise CIKDError(f"{cfg.dataset}: the {name} images in {where} are incomplete "
                             f"({one_line(error)}); delete the extracted folder and run this again") from None
         classes = [c if isinstance(c, str) else c[0] for c in datasets[0].classes]      # Imagenette: synonyms
