@@ -349,7 +349,7 @@ def open_image(path: str | Path) -> Image.Image:
     """Read an image file whole and turn it upright (EXIF). Raises CIKDError with its name if that fails."""
     try:
         if not os.path.isfile(path):                 # a pipe would be waited for for ever
-            raise OSError("there is no such file, or it is none")
+            raise OSError("no such file, or no regular one")
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except Exception as error:                       # Pillow raises whatever a broken file leads to
@@ -1156,7 +1156,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         raise CIKDError(f"{folder}: holds no run ({one_line(error)})") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise CIKDError(f"{folder}: settings.json or metrics.csv is of another version ({one_line(error)}); "
-                        "read it with that, or train again") from None
+                        "use that version of cikd.py, or train again") from None
 
 
 def train(cfg: Config, data: Data | None = None) -> dict:
