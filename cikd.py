@@ -1133,7 +1133,7 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
 def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
     """torchvision's ImageNet weights into all but the classifier, whose classes differ. Raises CIKDError."""
     try:
-        with network_timeout():
+        with network_timeout(), contextlib.redirect_stderr(sys.stdout):         # torch 2.6 announces it there
             weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
     except Exception as error:
         raise CIKDError(f"--pretrained-teacher: the weights of {name} could not be downloaded "
