@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -155,8 +156,9 @@ def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, s
     shown = [(first, stage, student, stage, colors[stage]) for stage, student in first.students.items()]
     for i, run in enumerate(runs[1:]):
         stage, student = list(run.students.items())[-1]
-        twins = sum(other.cfg.method == run.cfg.method for other in runs)
-        label = cikd.plain(run.cfg.method + (f" ({run.folder.name})" if twins > 1 else ""))
+        twins = [other.folder.name for other in runs if other.cfg.method == run.cfg.method]
+        apart = run.folder.name[len(os.path.commonprefix(twins)):]               # what its name has alone
+        label = cikd.plain(run.cfg.method + (f" ({apart[:30]})" if len(twins) > 1 else ""))
         shown.append((run, stage, student, label, OTHERS[i % len(OTHERS)]))
     return shown
 
@@ -191,7 +193,8 @@ def print_table(measured: list[dict], references: dict[str, torch.Tensor]) -> No
         print(run)
         for m in measured:
             if m["run"] == run:
-                line("  " + m["label"], m["accuracy"], m["self"], m["share"], m["distance"])
+                name = "  " + m["label"].replace(r"\$", "$")        # stdout needs no escape
+                line(name, m["accuracy"], m["self"], m["share"], m["distance"])
 
 
 # %% 3. Figures: each draws into a file and returns its numbers
@@ -350,7 +353,8 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
     labels = [label for run, _, _, label, _ in stages_of(runs) if run is not runs[0]]
     labels = [runs[0].cfg.method, *labels]
     drawn = {name: {label: [float(r[name]) for r in run.rows] for run, label in zip(runs, labels)
-                    if any(float(r[name] or 0) for r in run.rows)} for name in panels}
+                    if name not in ("ali", "ce", "dkd") or any(float(r[name]) for r in run.rows)}
+             for name in panels}
     drawn = {name: lines for name, lines in drawn.items() if lines}                       # no empty panels
     losses = [name for name in ("ali", "ce", "dkd") if name in drawn]
     layout = [[name for name in losses for _ in range(6 // len(losses))],
@@ -364,7 +368,8 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
             epochs = np.arange(1, len(values) + 1)
             learned = [k for k, v in enumerate(values) if name in ("accuracy", "attention_distance") or v]
             color = COLORS["LM"] if label == labels[0] else OTHERS[(labels.index(label) - 1) % len(OTHERS)]
-            a.plot(epochs[learned], np.array(values)[learned], color=color, linewidth=2, label=label)
+            a.plot(epochs[learned], np.array(values)[learned], color=color, linewidth=2, label=label,
+                   marker="o" if len(learned) == 1 else None)
         if switch:
             a.axvline(switch + 0.5, color="black", linestyle="--", linewidth=1)
         if name == "ali":
@@ -390,7 +395,7 @@ def locality_gif(run: Run, path: Path) -> list[int]:
     epochs = [epoch for epoch, file in files.items() if file.exists()]
     if not epochs:
         raise CIKDError(f"{run.folder}: holds no snapshots for --gif; train with --snapshot-every 1")
-    frames = [cikd.load(files[epoch])["kernels"].float() for epoch in epochs]    # each [blocks, H, 2g-1, 2g-1]
+    frames = [cikd.load(files[epoch])["kernels"].float() for epoch in epochs]   # each [blocks, H, 2g-1, 2g-1]
     top, pictures = max(float(frame.max()) for frame in frames), []
     blocks, heads = frames[0].shape[:2]
     for epoch, frame in zip(epochs, frames):
