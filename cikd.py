@@ -181,7 +181,7 @@ class Config:
     output_dir: str = setting("runs", "where runs are kept")
     run_name: str | None = setting(None, "folder of the run [made from the settings given]")
     snapshot_every: int = setting(0, "every so many epochs, keep what visualize_attention.py --gif needs; "
-                                  "0: never", 0)
+                                  "0 is never", 0)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "on", "off"))
     resume: str | None = setting(None, "go on with the unfinished run in this folder, with its settings")
@@ -540,7 +540,7 @@ class Attention(nn.Module):
         return self.qkv(x).view(B, tokens, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """softmax(q kᵀ / sqrt(d)) v, then heads joined and mixed -> [B, N+1, D]. No map is ever stored."""
+        """softmax(q kᵀ / sqrt(d)) v, then heads joined and mixed -> [B, N+1, D]. No map is stored for it."""
         x = F.scaled_dot_product_attention(q, k, v)                     # [B, H, N+1, d]
         return self.proj(x.transpose(1, 2).flatten(2))                  # [B, N+1, H, d] -> [B, N+1, D]
 
@@ -1045,7 +1045,7 @@ def fit(phase: str, model: nn.Module, data: Data, cfg: Config, folder: Path, dev
             optimizer.step()
             log.append(torch.cat([loss.detach().view(1), terms]))   # stays on the device until the epoch ends
             now = time.monotonic()
-            if step == 0 and epoch in (first, epoch - stage_epoch) and compiles(cfg, device):
+            if step == 0 and (epoch == first or stage_epoch == 0) and compiles(cfg, device):
                 status(f"{stage.name}: compiled, {now - start:.0f} s with the first step")
             if now > shown + 1:
                 shown = now
@@ -1127,7 +1127,8 @@ def train_teacher(teacher: ResNetTeacher, cfg: Config, data: Data, device: torch
         plan=[Stage("teacher", ali=False, labels=True, logits=False)] * cfg.teacher_epochs, optimizer_of=sgd,
         loss_of=loss_of,
         measure=lambda epoch: dict(accuracy=evaluate(teacher, *test, device, 2 * cfg.batch_size)))
-    save(path, teacher.state_dict())
+    if not path.exists():                            # else another run was faster, and all take that one
+        save(path, teacher.state_dict())
 
 
 def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
@@ -1145,15 +1146,18 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     """settings.json of a run and the rows of metrics.csv (text; none before the first epoch). CIKDError."""
     try:
         facts, rows = json.loads((folder / "settings.json").read_text()), []
-        facts = dict(settings=asdict(Config(**facts.pop("settings"))), data=facts.pop("data")) | facts
+        facts["settings"], _ = asdict(Config(**facts["settings"])), facts["data"]       # both must be there
         if (folder / "metrics.csv").exists() or (folder / "student.pt").exists():
             rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
             numbers = [float(row[name]) for row in rows for name in row if name != "stage"]
             if not numbers or not {"stage", "accuracy", "attention_distance", "seconds"} <= set(rows[0]):
                 raise ValueError("metrics.csv is empty or of something else")
+            if (folder / "student.pt").exists() and str(len(rows)) != str(facts["settings"]["epochs"]):
+                raise ValueError(f"metrics.csv holds {len(rows)} of {facts['settings']['epochs']} epochs")
         return facts, rows
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise CIKDError(f"{folder}: holds no run ({one_line(error)})") from None
+        raise CIKDError(f"{folder}: holds no whole run ({one_line(error)}); name another, or train it again "
+                        "with --overwrite") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise CIKDError(f"{folder}: settings.json or metrics.csv is of another version ({one_line(error)}); "
                         "use that version of cikd.py, or train again") from None
@@ -1184,13 +1188,11 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         try:
             train_student(cfg, data, folder, stored or {})
         except KeyboardInterrupt:
-            print(f"\nstopped; to go on: python cikd.py --resume {shlex.quote(str(folder))}", flush=True)
+            resume = f"python cikd.py --resume {shlex.quote(str(folder))}"
+            print(f"\nstopped; to go on: {'the same command' if cfg.overwrite else resume}", flush=True)
             raise
     load_strictly(build_student(cfg, len(data.classes)), folder / "student.pt")     # a finished run is whole
     rows = read_run(folder)[1]
-    if len(rows) != cfg.epochs:
-        raise CIKDError(f"{folder}: metrics.csv holds {len(rows)} of {cfg.epochs} epochs; train again with "
-                        "--overwrite")
     (folder / "last.pt").unlink(missing_ok=True)
     result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows),
                   minutes=sum(float(row["seconds"]) for row in rows) / 60, folder=str(folder))
@@ -1210,18 +1212,23 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
     facts = dict(settings=asdict(replace(cfg, resume=None, overwrite=False)), classes=data.classes,
                  data=data.fingerprint, extra_data=cfg.pretrained_teacher, torch=torch.__version__,
                  device=torch.cuda.get_device_name() if device.type == "cuda" else device.type)
+    facts |= {name: stored[name] for name in ("torch", "device") if name in stored}     # where it was begun
 
     def begin():
-        old = ("last.pt", "student.pt", "student_*.pt", "metrics.csv", "kernels/*") if cfg.overwrite else ()
-        for name in (*old, "**/*.tmp"):              # *.tmp: by a run that was killed while it wrote
+        names = ["*.pt.*.tmp", "*.csv.*.tmp", "*.json.*.tmp", "kernels/*.pt.*.tmp"]     # left by a kill
+        if cfg.overwrite:
+            names = ["last.pt", "student.pt", "student_*.pt", "metrics.csv", "kernels/*.pt", *names]
+        for name in names:
             for path in folder.glob(name):
                 if path.is_file():
                     path.unlink()
-        if not stored:
+        cfg.overwrite = False                        # from here on the folder is this run's
+        if not (folder / "last.pt").exists():        # nothing is trained yet
             save(folder / "settings.json", facts)
-        save(folder / "student_init.pt", student.state_dict())
+            save(folder / "student_init.pt", student.state_dict())
 
-    if not cfg.overwrite:
+    late = cfg.overwrite                             # an old run is removed once data and teacher are there
+    if not late:
         begin()
     print(f"{folder}: {len(data.train_labels)} training and {len(data.test_labels)} test images, "
           f"{len(data.classes)} classes, {sum(p.numel() for p in student.parameters()):,} parameters, on "
@@ -1236,7 +1243,7 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
         if stored.get("teacher", facts["teacher"]) != facts["teacher"]:
             raise CIKDError(f"{path}: is not the teacher that {folder} was begun with; bring that back, or "
                             "start again with --overwrite")
-    if cfg.overwrite:                                # not before all that it needs is there
+    if late:
         begin()
     elif teacher:
         save(folder / "settings.json", facts)
@@ -1323,7 +1330,7 @@ def make_parser() -> Parser:
         how = dict(action="store_true") if kind == "bool" else dict(
             type=dict(int=int, float=float, str=str)[kind], nargs="+" if many else None,
             metavar="|".join(f.metadata["choices"]) or kind.upper())
-        default = "" if f.default in (None, False) else f" [{f.default}]"
+        default = "" if f.default is None or f.default is False else f" [{f.default}]"
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **how)
     return parser
 
@@ -1361,8 +1368,8 @@ def run(argv: list[str] | None) -> None:
             raise CIKDError(f"--{one}: contradicts --{other}; give one of them")
     if "resume" in given:
         folder = Path(given["resume"])               # may have been moved, or be named from elsewhere
-        stored = read_run(folder)[0]["settings"] | dict(output_dir=str(folder.parent), overwrite=False)
-        given = stored | given
+        stored = read_run(folder)[0]["settings"]
+        given = stored | dict(output_dir=os.path.dirname(os.path.abspath(folder)), overwrite=False) | given
     cfg = Config(**given)
     if cfg.compare or cfg.seeds:
         train_many(cfg)

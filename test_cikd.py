@@ -88,9 +88,9 @@ BAD = [
     ("--warmup", "2", "--warmup"), ("--weight-decay", "-1", "--weight-decay"), ("--layer-decay", "0", "--layer-decay"),
     ("--run-name", "a/b", "--run-name"), ("--run-name", "..", "--run-name"), ("--run-name", "x --compare", "--run-name"),
     ("--pretrained-teacher", "", "above 64 only"), ("--pretrained-teacher", "--teacher-checkpoint t.pt", "contradicts"),
-    ("--resume", "nowhere", "holds no run"), ("--teacher-checkpoint", "missing.pt", "missing.pt"),
+    ("--resume", "nowhere", "holds no whole run"), ("--teacher-checkpoint", "missing.pt", "missing.pt"),
     ("--epoch", "3", "--epoch"), ("--heads", "32", "channels"),
-    ("--run-name", "teachers", "--run-name"), ("--pairs", "0:" + 5000 * "9", "--pairs"), ("--resume", "r --overwrite", "holds no run"),
+    ("--run-name", "teachers", "--run-name"), ("--pairs", "0:" + 5000 * "9", "--pairs"), ("--resume", "r --overwrite", "holds no whole run"),
     ("--compare", "--method kd", "contradicts"), ("--seeds", "1 2 --seed 3", "contradicts"), ("--colour", "blue", "--colour"), ("extra", "", "extra"),
 ]
 
@@ -122,7 +122,7 @@ def test_help_shows_every_setting_and_default(capsys):
     text = capsys.readouterr().out
     for f in fields(cikd.Config):
         said = re.search(rf"--{f.name.replace('_', '-')}\b(.*?)(\n  --|\n\n)", text[text.index("options:"):], re.S).group(1)
-        assert f.metadata["help"] and (f.default in (None, False) or f"[{f.default}]" in said), f.name
+        assert f.metadata["help"] and (f.default is None or f.default is False or f"[{f.default}]" in said), f.name
     assert all(name in text for name in cikd.DATASETS)
 
 
@@ -1068,7 +1068,7 @@ def test_a_dozen_kills_change_nothing_and_lose_one_epoch_at_most(tmp_path):
     same(tmp_path / "a" / "run", tmp_path / "b" / "run")
     (one,), (two,) = ((tmp_path / x / "teachers").iterdir() for x in "ab")
     assert read_metrics(one)[1]["loss"] == read_metrics(two)[1]["loss"] and len(read_metrics(two)) == 2
-    assert not list((tmp_path / "b" / "run").glob("*.tmp"))
+    assert not list((tmp_path / "b" / "run").rglob("*.tmp")) and not list((tmp_path / "b").rglob("last.pt"))
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -1146,12 +1146,12 @@ def test_another_teacher_does_not_go_on(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("fault,says", [
-    ("settings type", "--epochs: '2'"), ("settings key", "another version"), ("settings text", "holds no run"),
-    ("no metrics", "holds no run"), ("last rows", "no checkpoint of this run"), ("last cut", "not a readable checkpoint"),
+    ("settings type", "--epochs: '2'"), ("settings key", "another version"), ("settings text", "holds no whole run"),
+    ("no metrics", "holds no whole run"), ("last rows", "no checkpoint of this run"), ("last cut", "not a readable checkpoint"),
     ("last optimizer", "no checkpoint of this run"), ("last moments", "no checkpoint of this run"), ("last none", "no checkpoint of this run"),
     ("last flip", "is damaged"), ("student flip", "is damaged"), ("student folder", "not a readable checkpoint"), ("metrics short", "1 of 2 epochs"),
-    ("metrics text", "holds no run"), ("metrics row", "another version"), ("json 3", "another version"), ("json null", "another version"),
-    ("json [" + 9999 * "[", "holds no run"), ("set dataset null", "--dataset"), ("set heads [4]", "--heads"), ("set seed true", "--seed"),
+    ("metrics text", "holds no whole run"), ("metrics row", "another version"), ("json 3", "another version"), ("json null", "another version"),
+    ("json [" + 9999 * "[", "holds no whole run"), ("set dataset null", "--dataset"), ("set heads [4]", "--heads"), ("set seed true", "--seed"),
     ("set tau null", "--tau"), ("folder is a file", "")], ids=lambda text: text[:20])
 def test_damaged_runs(fault, says, tiny, capsys, monkeypatch):
     monkeypatch.setattr(cikd, "save", (lambda real: lambda path, content: (_ for _ in ()).throw(KeyboardInterrupt)
@@ -1244,6 +1244,21 @@ def test_overwrite_removes_nothing_before_all_it_needs_is_there(tiny, capsys):
     assert "--overwrite would remove" in fails(capsys, "--resume", run, "--overwrite")
 
 
+def test_stopped_while_overwriting(tiny, capsys, monkeypatch):
+    """Before the old run is removed, the same command is to be given again; after that, --resume goes on."""
+    run = Path(cikd.train(replace(tiny, run_name="r"))["folder"])
+    (run / "mine.tmp").write_text("the user's own")
+    for where, at, says in (("teacher", 0, "to go on: the same command"), ("student", 1, "to go on: python cikd.py --resume")):
+        with monkeypatch.context() as patch:
+            patch.setattr(cikd, "seed_torch", lambda *parts, real=cikd.seed_torch: (_ for _ in ()).throw(KeyboardInterrupt)
+                          if parts[1:] == (where, at) else real(*parts))
+            with pytest.raises(KeyboardInterrupt):
+                cikd.train(replace(tiny, run_name="r", tau=0.3, teacher_epochs=2, overwrite=True))
+        assert says in capsys.readouterr().out and (run / "student.pt").exists() == (where == "teacher")
+    assert cikd.main(["--resume", str(run)]) == 0 and cikd.read_run(run)[0]["settings"]["tau"] == 0.3
+    assert (run / "mine.tmp").exists()
+
+
 def test_a_run_goes_on_from_anywhere(tiny, tmp_path, monkeypatch):
     """A stopped run, moved with its teacher and named by another path, trains no second teacher."""
     monkeypatch.chdir(tmp_path)
@@ -1253,7 +1268,8 @@ def test_a_run_goes_on_from_anywhere(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "here").rename(tmp_path / "there")
     monkeypatch.setattr(cikd, "train_teacher", lambda *_: pytest.fail("a second teacher"))
-    assert cikd.main(["--resume", str(tmp_path / "there" / "r")]) == 0
+    monkeypatch.chdir(tmp_path / "there" / "r")
+    assert cikd.main(["--resume", "."]) == 0
     assert not (tmp_path / "here").exists() and (tmp_path / "there" / "r" / "student.pt").exists()
 
 
@@ -1640,13 +1656,13 @@ def test_runs_that_were_moved_find_their_teacher(runs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault,says", [
-    ("missing", "holds no run"), ("unfinished", "not finished"), ("truncated", "not a readable checkpoint"),
-    ("mismatched", "does not fit"), ("other version", "another version"), ("no teacher", "not a readable checkpoint"),
+    ("missing", "holds no whole run"), ("unfinished", "not finished"), ("truncated", "not a readable checkpoint"),
+    ("mismatched", "does not fit"), ("other version", "another version"), ("no teacher", "is not there"), ("other teacher", "is not the teacher"),
     ("no snapshots", "no snapshots"), ("--index 99", "--index"), ("--query 8,0", "--query"), ("--query 1", "--query"),
     ("--block 6", "--block"), ("--head 4", "--head"), ("--image nowhere.png", "nowhere.png"), ("--colour red", "--colour"),
     ("--head x", "--head"), ("--query " + 5000 * "9" + ",0", "--query"), ("--index" + 41 * " 0", "--index"), ("--image ", "not a readable image"),
     ("set heads 7", "--heads"), ("set patch_size 0", "--patch-size"), ("classes 3", "not as it was written"),
-    ("epochs", "not as it was written")], ids=lambda text: text[:20])
+    ("epochs", "3 of 7 epochs")], ids=lambda text: text[:20])
 def test_visualize_faults(fault, says, runs, tmp_path, capsys):
     run, extra = tmp_path / "run", ["--image", ""] if fault == "--image " else fault.split() if fault.startswith("--") else []
     if fault != "missing":
@@ -1662,6 +1678,8 @@ def test_visualize_faults(fault, says, runs, tmp_path, capsys):
         facts["settings"]["colour"] = "red"
     if fault == "no teacher":
         facts["teacher_file"] = "runs/nowhere/teacher.pt"
+    if fault == "other teacher":
+        facts["teacher"] = "0" * 16
     if fault.startswith("set "):
         facts["settings"][fault.split()[1]] = json.loads(fault.split()[2])
     if fault == "classes 3":
@@ -1684,6 +1702,15 @@ def test_names_that_are_formulas_or_no_text_are_drawn_as_they_are(tmp_path, caps
     run, = (p for p in (tmp_path / "runs").iterdir() if "-cikd-" in p.name)
     twin = copy_run(run, tmp_path / "runs" / "$2$")                          # its name will be a label
     assert va.main([str(run), str(twin), "--output-dir", str(tmp_path / "out"), "--index", "0", "2", "4"]) == 0
+
+
+@pytest.mark.parametrize("names,labels", [
+    (("a-seed0", "a-seed1", "a-seed10"), ["cikd (seed1)", "cikd (seed10)"]),
+    (("a-tau=0.15-seed0", "a-tau=0.1-seed0"), ["cikd (tau=0.1)"]), (("x/a", "y/a", "z/a"), ["cikd (2)", "cikd (3)"]),
+    (("first2", "first"), ["cikd (first)"]), (("s-" + 30 * "x", "s-a" + 30 * "y", "s-b" + 30 * "y"), ["cikd (" + 30 * "y" + ")", "cikd (" + 30 * "y" + ") #3"])])
+def test_runs_of_one_method_have_different_labels(names, labels, runs):
+    shown = va.stages_of([va.load_run(runs[1])._replace(folder=Path(name)) for name in names])
+    assert [label for _, _, _, label, _ in shown][3:] == labels
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys):
@@ -1777,7 +1804,7 @@ def speed(student: str = "vit_tiny", compile: str = "auto") -> None:
     on_device = data._replace(train_images=images.to(device), train_labels=labels.to(device))
     augment = seconds_of(lambda: [None for _ in cikd.batches(on_device, cfg, device)]) / len(images)
     limit = sorted(limits)[len(limits) // 2]
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"\n{student}, {cfg.teacher}, batch {cfg.batch_size}, compile {compile}, {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}"
           f", torch {torch.__version__}: limit {limit / 1e12:.3g} TFLOP/s (from {min(limits) / 1e12:.3g} to {max(limits) / 1e12:.3g})")
     print("stage    images/s  GFLOP/image  of limit  augmenting")

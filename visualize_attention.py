@@ -18,8 +18,8 @@ none: what is shown for it is the surrogate that ALI imitates, `cikd.teacher_att
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -69,11 +69,11 @@ def load_run(folder: str | Path) -> Run:
     facts, rows = cikd.read_run(folder)
     if not (folder / "student.pt").exists():
         raise CIKDError(f"{folder}: is not finished; go on with `python cikd.py --resume {folder}`")
-    here = dict(device="cpu", teacher_checkpoint=None, resume=None)    # those need not be here any more
+    here = dict(device="cpu", teacher_checkpoint=None)       # not needed: the teacher's file is named apart
     cfg, classes = cikd.resolve(cikd.Config(**facts["settings"] | here)), facts.get("classes")
     if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(c, str) for c in classes) or \
-            not isinstance(facts.get("teacher_file", ""), str) or len(rows) != cfg.epochs:
-        raise CIKDError(f"{folder}: settings.json or metrics.csv is not as it was written; train again")
+            not isinstance(facts.get("teacher_file", ""), str):
+        raise CIKDError(f"{folder}: settings.json is not as it was written; train again with --overwrite")
     teacher_file = facts.get("teacher_file")
     if teacher_file and not Path(teacher_file).exists():     # the runs were moved: look beside this one
         teacher_file = folder.parent / "teachers" / Path(teacher_file).parent.name / "teacher.pt"
@@ -86,6 +86,10 @@ def load_run(folder: str | Path) -> Run:
             cikd.load_strictly(students[name], folder / f"{file}.pt")
     teacher = None
     if teacher_file:
+        if not Path(teacher_file).is_file():
+            raise CIKDError(f"{folder}: its teacher, {facts['teacher_file']}, is not there; bring it back")
+        if hashlib.sha256(Path(teacher_file).read_bytes()).hexdigest()[:16] != facts.get("teacher"):
+            raise CIKDError(f"{teacher_file}: is not the teacher that {folder} learned from; bring that back")
         teacher = cikd.freeze(cikd.ResNetTeacher(cfg.teacher, len(classes), cfg.image_size))
         cikd.load_strictly(teacher, teacher_file)
     return Run(folder, cfg, classes, students, teacher, rows, facts["data"])
@@ -156,9 +160,10 @@ def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, s
     shown = [(first, stage, student, stage, colors[stage]) for stage, student in first.students.items()]
     for i, run in enumerate(runs[1:]):
         stage, student = list(run.students.items())[-1]
-        twins = [other.folder.name for other in runs if other.cfg.method == run.cfg.method]
-        apart = run.folder.name[len(os.path.commonprefix(twins)):]               # what its name has alone
-        label = cikd.plain(run.cfg.method + (f" ({apart[:30]})" if len(twins) > 1 else ""))
+        twins = [other.folder.name.split("-") for other in runs if other.cfg.method == run.cfg.method]
+        apart = [p for p in run.folder.name.split("-") if any(p not in twin for twin in twins)]    # its own
+        label = run.cfg.method + (f" ({'-'.join(apart)[-30:] or i + 2})" if len(twins) > 1 else "")
+        label = cikd.plain(label) + f" #{i + 2}" * any(label == other[3] for other in shown)
         shown.append((run, stage, student, label, OTHERS[i % len(OTHERS)]))
     return shown
 
