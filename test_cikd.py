@@ -1761,6 +1761,15 @@ def test_every_metric_and_file_is_explained_in_the_readme():
         assert f"`{name}`" in README, name
 
 
+def test_the_ablations_table_is_results_csv():
+    """Every measured row stands in the README, the losing ones too, and nothing else does."""
+    with open(Path(cikd.__file__).parent / "figures" / "results.csv", newline="") as file:
+        measured = [(row["method"], row["accuracy"]) for row in csv.DictReader(file)]
+    table = README[README.index("**First ablations**"):README.index("**Shapes**")]
+    rows = re.findall(r"^\| (\w+) \|[^|]*\| ([\d.]+) \|$", table.replace("**", ""), re.M)
+    assert sorted(rows) == sorted(measured) and len(rows) >= 15
+
+
 # ---- speed: `python test_cikd.py [vit_tiny | vit_micro] [auto | on | off]` prints the table of the README's section Speed
 
 def speed(student: str = "vit_tiny", compile: str = "auto") -> None:
