@@ -891,6 +891,10 @@ def load_strictly(model: nn.Module, path: str | Path) -> None:
         raise CIKDError(f"{path}: holds values that are not finite; train it again")
 
 
+def file_hash(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def all_finite(tensors) -> bool:
     return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
@@ -1239,7 +1243,7 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
     teacher = None
     if cfg.method != "scratch":
         teacher, path = get_teacher(cfg, data, device)
-        facts |= dict(teacher_file=str(path), teacher=hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+        facts |= dict(teacher_file=str(path), teacher=file_hash(path))
         if stored.get("teacher", facts["teacher"]) != facts["teacher"]:
             raise CIKDError(f"{path}: is not the teacher that {folder} was begun with; bring that back, or "
                             "start again with --overwrite")

@@ -18,7 +18,6 @@ none: what is shown for it is the surrogate that ALI imitates, `cikd.teacher_att
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import sys
 from pathlib import Path
@@ -88,7 +87,7 @@ def load_run(folder: str | Path) -> Run:
     if teacher_file:
         if not Path(teacher_file).is_file():
             raise CIKDError(f"{folder}: its teacher, {facts['teacher_file']}, is not there; bring it back")
-        if hashlib.sha256(Path(teacher_file).read_bytes()).hexdigest()[:16] != facts.get("teacher"):
+        if cikd.file_hash(teacher_file) != facts.get("teacher"):
             raise CIKDError(f"{teacher_file}: is not the teacher that {folder} learned from; bring that back")
         teacher = cikd.freeze(cikd.ResNetTeacher(cfg.teacher, len(classes), cfg.image_size))
         cikd.load_strictly(teacher, teacher_file)
@@ -355,14 +354,15 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
     panels = {"ali": "ALI, training (nats)", "ce": "cross-entropy, training (nats)",
               "dkd": "DKD, training (nats)", "accuracy": "test accuracy (%)",
               "attention_distance": "attention distance (patches)"}
+    losses = ("ali", "ce", "dkd")                            # 0 where a stage does not learn them
     labels = [label for run, _, _, label, _ in stages_of(runs) if run is not runs[0]]
     labels = [runs[0].cfg.method, *labels]
     drawn = {name: {label: [float(r[name]) for r in run.rows] for run, label in zip(runs, labels)
-                    if name not in ("ali", "ce", "dkd") or any(float(r[name]) for r in run.rows)}
+                    if name not in losses or any(float(r[name]) for r in run.rows)}
              for name in panels}
     drawn = {name: lines for name, lines in drawn.items() if lines}                       # no empty panels
-    losses = [name for name in ("ali", "ce", "dkd") if name in drawn]
-    layout = [[name for name in losses for _ in range(6 // len(losses))],
+    above = [name for name in losses if name in drawn]
+    layout = [[name for name in above for _ in range(6 // len(above))],
               ["accuracy"] * 3 + ["attention_distance"] * 3]
     figure = Figure(figsize=(8, 5.6), layout="constrained")
     axes = figure.subplot_mosaic(layout)
@@ -371,7 +371,7 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
         a = axes[name]
         for i, (label, values) in enumerate(lines.items()):
             epochs = np.arange(1, len(values) + 1)
-            learned = [k for k, v in enumerate(values) if name in ("accuracy", "attention_distance") or v]
+            learned = [k for k, v in enumerate(values) if name not in losses or v]
             color = COLORS["LM"] if label == labels[0] else OTHERS[(labels.index(label) - 1) % len(OTHERS)]
             a.plot(epochs[learned], np.array(values)[learned], color=color, linewidth=2, label=label,
                    marker="o" if len(learned) == 1 else None)
