@@ -14,7 +14,8 @@ neighbouring pixels first. CIKD lets a trained CNN, here a ResNet, teach it in t
 
 Paper: "Patient teacher can impart locality to improve lightweight vision transformer on small dataset",
 Pattern Recognition, 2025. Its public code distils a ViT-B. A ResNet has no queries and keys, so our teacher's
-attention map is a *surrogate* (section 5). In the help, "paper" means its abstract or its public code.
+attention map is a *surrogate* (section 5). In the help, "paper" means its abstract or its public code,
+"ablation" that this value did best among those tried in the README's.
 
 Read from top to bottom; sections 3 to 7 are the method. Symbols in the shape comments:
   B batch, S image side (pixels), N patches (a g x g grid), D width, H heads, d = D/H, C channels, K classes,
@@ -154,14 +155,15 @@ class Config:
     teacher_checkpoint: str | None = setting(None, "your own trained teacher: a state dict for --teacher")
     pretrained_teacher: bool = setting(False, "start resnet18/34 from ImageNet weights: extra data")
     # stage 1, ALI
-    ali_epochs: int | None = setting(None, "epochs of stage 1; then comes the switch (paper: 300)", 1)
-    tau: float = setting(0.2, "temperature of the teacher's attention surrogate (our choice)", 1e-3, 100)
+    ali_epochs: int | None = setting(None, "epochs of stage 1; then comes the switch (paper: 300, half; "
+                                     "ours, a third: ablation)", 1)
+    tau: float = setting(0.2, "temperature of the teacher's attention surrogate (ablation)", 1e-3, 100)
     teacher_maps: str = setting("per_head", "a teacher map per head, from groups of channels, or one shared "
-                                "by all heads (our choice)", choices=("per_head", "shared"))
-    relations: str = setting("qk+vv", "student relations that imitate it (paper: qk+vv)",
+                                "by all heads (ablation)", choices=("per_head", "shared"))
+    relations: str = setting("qk+vv", "student relations that imitate it (paper, ablation)",
                              choices=("qk", "vv", "qk+vv"))
     pairs: str = setting("0:1,last:2", "student block:teacher stage, blocks from 0, stages from 1 (paper: "
-                         "first and last block, low and middle layer)")
+                         "first and last block, low and middle layer; ablation)")
     # stage 2, LM
     dkd_alpha: float = setting(1.0, "weight of TCKD, the label against the rest (paper)", 0)
     dkd_beta: float = setting(4.0, "weight of NCKD, the other classes among themselves (paper)", 0)
@@ -172,7 +174,7 @@ class Config:
     epochs: int | None = setting(None, "epochs of the student, both stages together (paper: 600)", 1)
     batch_size: int | None = setting(None, "images per step (paper: 256 in ALI, 512 in LM)", 1)
     lr: float | None = setting(None, "student's peak learning rate, AdamW [vit_tiny: 1e-3, paper; "
-                              "vit_micro: 2e-3, best for each method in the README's ablation]", 1e-9)
+                              "vit_micro: 2e-3, ablation]", 1e-9)
     min_lr: float = setting(1e-6, "learning rate at the end of a stage (paper's LM)", 0)
     warmup: float = setting(0.1, "share of a stage in which the learning rate rises (paper: 0.05)", 0, 1)
     weight_decay: float = setting(0.05, "0.05: paper; not on biases, norms, CLS, positions: our choice", 0)
