@@ -896,8 +896,9 @@ def test_weight_decay_and_layer_decay_groups():
         free = name.endswith("bias") or "norm" in name or name in ("cls_token", "pos_embed")
         layer = 7 if name.startswith(("norm", "head")) else int(name.split(".")[1]) + 1 if name.startswith("blocks") else 0
         assert where[id(p)]["weight_decay"] == (0 if free else 0.05), name
-        assert where[id(p)]["peak"] == pytest.approx(cfg.lr * 0.5 ** (7 - layer)), name
-    assert {g["peak"] for g in cikd.adamw(student, cfg, cikd.ALI).param_groups} == {cfg.lr}     # layer decay is LM's
+        assert where[id(p)]["peak"] == pytest.approx(2e-3 * 0.5 ** (7 - layer)), name
+    assert {g["peak"] for g in cikd.adamw(student, cfg, cikd.ALI).param_groups} == {2e-3}     # layer decay is LM's
+    assert cikd.resolve(cikd.Config(student="vit_tiny")).lr == 1e-3         # the rate depends on the student
 
 
 def test_batches_cover_the_epoch_and_keep_one_shape():
