@@ -1452,6 +1452,24 @@ def test_the_loss_compiles_without_breaks_and_changes_nothing():
         assert all(torch.allclose(grads[name], others[name], rtol=1e-3, atol=1e-6) for name in grads)
 
 
+@pytest.mark.parametrize("stage", [cikd.ALI, cikd.LM, cikd.JOINT, cikd.LABELS])
+def test_the_losses_bear_bfloat16(stage):
+    """What a GPU computes in, tried on the CPU: nearly the same loss, the same direction, the surrogate itself exact."""
+    cfg, student, teacher = models(drop_path=0.0, jitter=0.0)
+    view, found = torch.rand(12, 3, 32, 32) * 2 - 1, []
+    for low in (False, True):
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss, terms = cikd.student_loss(stage, cfg, student, teacher, view, torch.arange(12) % 10, torch.tensor(0.5))
+            maps = cikd.teacher_attention(torch.arange(2 * 8 * 64.0).cos().view(2, 8, 8, 8), 8, 2, tau=0.02)
+        loss.backward()
+        found.append((loss.detach(), terms, maps, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])))
+    (loss, terms, maps, direction), (low_loss, low_terms, low_maps, low_direction) = found
+    assert low_loss.dtype == torch.float32 and torch.allclose(low_loss, loss, rtol=0.02) and torch.allclose(low_terms, terms, rtol=0.02)
+    assert torch.equal(low_maps, maps) and F.cosine_similarity(low_direction, direction, dim=0) > 0.99
+    assert not torch.equal(low_direction, direction)                        # so the reduced precision was really used
+
+
 def test_each_stage_is_compiled_once(tiny, monkeypatch, capsys):
     """Teacher, ALI, LM: three graphs without a break, however often epochs, ramp and learning rate change."""
     from torch._dynamo.testing import CompileCounter
