@@ -15,7 +15,7 @@ neighbouring pixels first. CIKD lets a trained CNN, here a ResNet, teach it in t
 Paper: "Patient teacher can impart locality to improve lightweight vision transformer on small dataset",
 Pattern Recognition, 2025. Its public code distils a ViT-B. A ResNet has no queries and keys, so our teacher's
 attention map is a *surrogate* (section 5). In the help, "paper" means its abstract or its public code,
-"ablation" that this value did best among those tried in the README's.
+"ablation" that no other value tried did better by more than chance (README, "Which settings?").
 
 Read from top to bottom; sections 3 to 7 are the method. Symbols in the shape comments:
   B batch, S image side (pixels), N patches (a g x g grid), D width, H heads, d = D/H, C channels, K classes,
@@ -134,9 +134,9 @@ class Config:
     data_seed: int = setting(0, "of shapes, of both subsets and of the teacher: what runs share", 0)
     image_size: int | None = setting(None, "side of the square images, pixels", 16, 1024)
     patch_size: int | None = setting(None, "side of a patch, pixels", 1)
-    crop: str | None = setting(None, "in training: pad (shift by up to 1/8 of the side; our choice), resized "
-                               "(random area and aspect; paper, whose LM adds TrivialAugment), both with "
-                               "flips, or none",
+    crop: str | None = setting(None, "in training, the teacher's too: pad (shift by up to 1/8 of the side; "
+                               "our choice), resized (random area and aspect; paper, whose LM adds "
+                               "TrivialAugment), both with flips, or none",
                                choices=("pad", "resized", "none"))
     crop_scale: float = setting(0.2, "smallest area of a resized crop, a share (paper's ALI: 0.2)", 0.01, 1)
     jitter: float = setting(0.4, "brightness, contrast, saturation, student's copy in ALI only (paper)", 0, 1)
@@ -152,7 +152,8 @@ class Config:
                                   choices=TEACHERS)
     teacher_epochs: int | None = setting(None, "epochs of the teacher's own training (our choice)", 1)
     teacher_lr: float = setting(0.1, "its peak learning rate, SGD with Nesterov momentum (our choice)", 1e-9)
-    teacher_checkpoint: str | None = setting(None, "your own trained teacher: a state dict for --teacher")
+    teacher_checkpoint: str | None = setting(None, "your own trained teacher: a state dict for --teacher, of "
+                                            "images in [-1, 1] and classes in the same order")
     pretrained_teacher: bool = setting(False, "start resnet18/34 from ImageNet weights: extra data")
     # stage 1, ALI
     ali_epochs: int | None = setting(None, "epochs of stage 1; then comes the switch (paper: 300, half; "
@@ -172,11 +173,13 @@ class Config:
     label_smoothing: float = setting(0.1, "cross-entropy's, of student (paper) and teacher", 0, 0.99)
     # training
     epochs: int | None = setting(None, "epochs of the student, both stages together (paper: 600)", 1)
-    batch_size: int | None = setting(None, "images per step (paper: 256 in ALI, 512 in LM)", 1)
+    batch_size: int | None = setting(None, "images per step, the teacher's too (paper: 256 in ALI, 512 in "
+                                     "LM)", 1)
     lr: float | None = setting(None, "student's peak learning rate, AdamW [vit_tiny: 1e-3, paper; "
                               "vit_micro: 2e-3, ablation]", 1e-9)
-    min_lr: float = setting(1e-6, "learning rate at the end of a stage (paper's LM)", 0)
-    warmup: float = setting(0.1, "share of a stage in which the learning rate rises (paper: 0.05)", 0, 1)
+    min_lr: float = setting(1e-6, "learning rate at the end of a stage (paper's LM) and of the teacher", 0)
+    warmup: float = setting(0.1, "share of a stage, and of the teacher's epochs, in which the learning rate "
+                            "rises (paper: 0.05)", 0, 1)
     weight_decay: float = setting(0.05, "0.05: paper; not on biases, norms, CLS, positions: our choice", 0)
     layer_decay: float = setting(1.0, "in LM, learning rate factor from each block to the one below (paper: "
                                  "0.75; our choice: off)", 0.01, 1)
@@ -730,18 +733,18 @@ def dkd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.T
     """Decoupled knowledge distillation (Zhao 2022): T² (alpha TCKD + beta NCKD), mean over the batch. Scalar.
 
     logits: [B, K] both; labels [B]. All in log space, so that neither loss nor gradient overflows however
-    sure the models are: log p_t is a log-softmax, log(1 - p_t) a logsumexp over the other classes.
+    sure the models are: log p_y is a log-softmax, log(1 - p_y) a logsumexp over the other classes.
     """
-    def split(z):        # -> log b [B, 2] = (log p_t, log(1 - p_t)), log p̂ [B, K-1] among the other classes
+    def split(z):        # -> log b [B, 2] = (log p_y, log(1 - p_y)), log r [B, K-1] among the other classes
         z = (z if z.dtype == torch.float64 else z.float()) / temperature
         column = torch.arange(z.shape[1] - 1, device=z.device)
         other = z.gather(1, column + (column >= labels[:, None]))       # [B, K-1]: without the label's column
         both = torch.stack([z.gather(1, labels[:, None])[:, 0], other.logsumexp(1)], 1)
         return both.log_softmax(1), other.log_softmax(1)
 
-    (b_student, p_student), (b_teacher, p_teacher) = split(logits), split(teacher_logits)
-    tckd = F.kl_div(b_student, b_teacher, reduction="batchmean", log_target=True)
-    nckd = F.kl_div(p_student, p_teacher, reduction="batchmean", log_target=True)
+    (log_b, log_r), (log_b_teacher, log_r_teacher) = split(logits), split(teacher_logits)
+    tckd = F.kl_div(log_b, log_b_teacher, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(log_r, log_r_teacher, reduction="batchmean", log_target=True)
     return temperature ** 2 * (alpha * tckd + beta * nckd)
 
 
@@ -991,14 +994,14 @@ def learning_rate(progress: float, peak: float, floor: float, warmup: float) -> 
 def adamw(student: VisionTransformer, cfg: Config, stage: Stage) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95); no decay on biases, norms, CLS and positions; in LM, lower layers may be slower."""
     groups, top = {}, len(student.blocks) + 1        # layers: 0 embeddings, then blocks, then norm and head
+    slower = cfg.layer_decay if stage == LM else 1.0
     for name, p in student.named_parameters():
         part = name.split(".")
         layer = int(part[1]) + 1 if part[0] == "blocks" else top if part[0] in ("norm", "head") else 0
         decay = 0.0 if p.ndim == 1 or part[0] in ("cls_token", "pos_embed") else cfg.weight_decay
-        groups.setdefault((layer, decay), []).append(p)
-    slower = cfg.layer_decay if stage == LM else 1.0
-    return torch.optim.AdamW([dict(params=params, weight_decay=decay, peak=cfg.lr * slower ** (top - layer))
-                              for (layer, decay), params in groups.items()],
+        groups.setdefault((cfg.lr * slower ** (top - layer), decay), []).append(p)
+    return torch.optim.AdamW([dict(params=params, weight_decay=decay, peak=peak)
+                              for (peak, decay), params in groups.items()],
                              lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 

@@ -823,7 +823,7 @@ def test_dkd_is_the_papers_formula(seed, K, T):
 
 @pytest.mark.parametrize("K", [2, 3, 100])
 def test_dkd_and_classic_kd_are_the_same_by_the_identity(K):
-    """KL(teacher || student) = TCKD + (1 - p_t of the teacher) NCKD, sample by sample."""
+    """KL(teacher || student) = TCKD + (1 - p_y of the teacher) NCKD, sample by sample."""
     torch.manual_seed(K)
     student, teacher, labels = torch.randn(2, 20, K, dtype=torch.float64) .mul(4).unbind(0) + (torch.randint(0, K, (20,)),)
     for s, t, y in zip(student.split(1), teacher.split(1), labels.split(1)):
@@ -898,6 +898,7 @@ def test_weight_decay_and_layer_decay_groups():
         assert where[id(p)]["weight_decay"] == (0 if free else 0.05), name
         assert where[id(p)]["peak"] == pytest.approx(2e-3 * 0.5 ** (7 - layer)), name
     assert {g["peak"] for g in cikd.adamw(student, cfg, cikd.ALI).param_groups} == {2e-3}     # layer decay is LM's
+    assert len(cikd.adamw(student, replace(cfg, layer_decay=1.0), cikd.LM).param_groups) == 2         # one fused step each
     assert cikd.resolve(cikd.Config(student="vit_tiny")).lr == 1e-3         # the rate depends on the student
 
 

@@ -10,8 +10,8 @@ run named (a cikd run, if there is one) is shown before training, after ALI and 
 Each figure is a function that also returns the numbers it drew.
 
 "Attention" here is the student's softmax(q kᵀ / sqrt(d)): among patches alone, CLS left out and the rows made
-to sum to 1 again, as in ALI; only the CLS figure has it as the student uses it. The teacher, a ResNet, has
-none: what is shown for it is the surrogate that ALI imitates, `cikd.teacher_attention`.
+to sum to 1 again, as in ALI; the CLS figure shows what CLS gives each patch, rescaled to sum to 1. The teacher,
+a ResNet, has none: what is shown for it is the surrogate that ALI imitates, `cikd.teacher_attention`.
 """
 
 # %% 1. Runs: settings, models, images
@@ -477,7 +477,8 @@ def visualize(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = cikd.Parser(prog="visualize_attention.py", allow_abbrev=False, description=__doc__.split(":")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs [the newest under runs/]")
-    parser.add_argument("--image", metavar="FILE", help="show this picture instead of test images")
+    parser.add_argument("--image", metavar="FILE", help="draw everything, averages too, from this picture "
+                        "instead of test images")
     parser.add_argument("--index", type=int, nargs="+", metavar="I", help="test images [one of four classes]")
     parser.add_argument("--query", metavar="ROW,COL", help="query patch of the heatmaps [left of the middle]")
     parser.add_argument("--block", type=int, help="block of heatmaps and CLS maps [the last that ALI taught]")
