@@ -723,7 +723,7 @@ def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torc
     """
     q, k, v = (t[:, :, 1:] for t in qkv)                                # patches only: a ResNet has no CLS
     sides = {"qk": (q, k), "vv": (v, v)}
-    entropy = torch.special.entr(target).sum(-1).mean()                 # KL is cross-entropy minus this
+    entropy = -torch.xlogy(target, target).sum(-1).mean()               # KL is cross-entropy minus this
     return sum(-(target * relation(*sides[name])).sum(-1).mean() - entropy for name in relations.split("+"))
 
 
@@ -910,7 +910,9 @@ def seed_torch(*parts) -> None:
 
 
 def autocast(device: torch.device):
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    """bfloat16 on GPUs that compute in it (older ones only emulate it, slowly), else float32."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", torch.bfloat16) if native else contextlib.nullcontext()
 
 
 def choose_device(cfg: Config) -> torch.device:
@@ -973,7 +975,7 @@ def attention_kernels(maps: torch.Tensor) -> torch.Tensor:
 
 
 def probe(images: torch.Tensor, n: int = 64) -> torch.Tensor:
-    """n images, evenly spaced, on which locality is measured: [N, 3, S, S] -> [n, 3, S, S]."""
+    """n images, evenly spaced, on which locality is measured: [m, 3, S, S] -> [n, 3, S, S]."""
     return images[torch.linspace(0, len(images) - 1, min(n, len(images))).long()]
 
 
@@ -1093,7 +1095,8 @@ def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTe
     """The frozen teacher and the file of its weights: the user's own, one trained before, or trained now."""
     seed_torch(cfg.data_seed, "teacher")
     teacher = ResNetTeacher(cfg.teacher, len(data.classes), cfg.image_size)
-    teacher.to(memory_format=torch.channels_last)    # the faster layout for convolutions, on CPUs and GPUs
+    if device.type != "mps":                         # where BatchNorm's gradients are wrong in this layout
+        teacher.to(memory_format=torch.channels_last)            # the faster one for convolutions
     path = Path(cfg.teacher_checkpoint or "")
     if not cfg.teacher_checkpoint:                   # its folder is named by all that its training depends on
         facts = {name: getattr(cfg, name) for name in (
@@ -1193,6 +1196,7 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         raise CIKDError(f"{folder}: was begun with other images; check --data-dir, or give a --run-name")
     if cfg.teacher_checkpoint:                       # refused before anything is written or removed
         load_strictly(ResNetTeacher(cfg.teacher, len(data.classes), cfg.image_size), cfg.teacher_checkpoint)
+        teacher_hash(cfg.teacher_checkpoint, folder, stored or {})
     if cfg.overwrite or not (folder / "student.pt").exists():
         try:
             train_student(cfg, data, folder, stored or {})
@@ -1210,12 +1214,22 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     return result
 
 
+def teacher_hash(path: str | Path, folder: Path, stored: dict) -> str:
+    """The hash of a teacher's file. Raises CIKDError if the run in `folder` was begun with another one."""
+    found = file_hash(path)
+    if stored.get("teacher", found) != found:
+        raise CIKDError(f"{path}: is not the teacher that {folder} was begun with; bring that back, or "
+                        "start again with --overwrite")
+    return found
+
+
 def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
     """The body of `train`: student, teacher, curriculum; leaves student.pt in `folder`. stored: settings.json
     of the run to go on with, or empty."""
     device = choose_device(cfg)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")   # TF32
+        torch.cuda.empty_cache()                     # what an earlier run of --compare left is free again
     seed_torch(cfg.seed, "student")
     student = build_student(cfg, len(data.classes)).to(device)
     facts = dict(settings=asdict(replace(cfg, resume=None, overwrite=False)), classes=data.classes,
@@ -1248,10 +1262,7 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
     teacher = None
     if cfg.method != "scratch":
         teacher, path = get_teacher(cfg, data, device)
-        facts |= dict(teacher_file=str(path), teacher=file_hash(path))
-        if stored.get("teacher", facts["teacher"]) != facts["teacher"]:
-            raise CIKDError(f"{path}: is not the teacher that {folder} was begun with; bring that back, or "
-                            "start again with --overwrite")
+        facts |= dict(teacher_file=str(path), teacher=teacher_hash(path, folder, stored))
     if late:
         begin()
     elif teacher:
@@ -1285,12 +1296,23 @@ def train_student(cfg: Config, data: Data, folder: Path, stored: dict) -> None:
 # %% 9. Command line
 def train_many(cfg: Config) -> list[dict]:
     """--compare, --seeds: each method with each seed, in one table. What is finished is not run again."""
-    results, data = [], load_dataset(resolve(cfg))
+    results, taught, data = [], {}, load_dataset(resolve(cfg))      # taught: teacher's hash -> a run of its
     methods = list(METHODS) if cfg.compare else [cfg.method]
     for seed in cfg.seeds or [cfg.seed]:
         for method in methods:
             one = replace(cfg, method=method, seed=seed, seeds=None, compare=False)
-            results.append(dict(method=method, seed=seed) | train(one, data))
+            try:
+                results.append(dict(method=method, seed=seed) | train(one, data))
+            except KeyboardInterrupt:
+                if not cfg.overwrite:
+                    print("or the same command, which then goes on to the table", flush=True)
+                raise
+            folder = results[-1]["folder"]
+            if method != "scratch":
+                taught.setdefault(read_run(Path(folder))[0].get("teacher"), folder)
+            if len(taught) > 1:
+                raise CIKDError(f"{' and '.join(taught.values())}: learned from different teachers, which "
+                                "one table must not mix; start again with --overwrite")
     name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds", seed=0))
     folder = Path(cfg.output_dir) / name.removesuffix("-seed0")
     save(folder / "comparison.csv", results)
@@ -1356,9 +1378,9 @@ def run_command(prog: str, body) -> int:
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
         message = one_line(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
+        if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
             message = "out of memory; use a smaller --batch-size, --image-size or --train-size"
-        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        elif isinstance(error, torch._dynamo.exc.TorchDynamoException) or "torch.compile is not" in message:
             message = f"--compile: torch.compile failed ({message[:150]} ...); use --compile off"
         elif isinstance(error, RuntimeError):
             raise                                    # ours to mend: keep the traceback

@@ -1233,10 +1233,13 @@ def test_two_folders_of_one_name_are_told_apart(tmp_path, capsys):
     assert "other images" in fails(capsys, *args, tmp_path / "b" / "pics")
 
 
-def test_out_of_memory_is_said_plainly(tiny, monkeypatch, capsys):
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] can't allocate memory")):
+def test_what_the_machine_lacks_is_said_plainly(tiny, monkeypatch, capsys):
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] can't allocate memory"),
+                  RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), RuntimeError("CUDA error: out of memory")):
         monkeypatch.setattr(cikd, "train", lambda *_, error=error: (_ for _ in ()).throw(error))
         assert "--batch-size" in fails(capsys)
+    monkeypatch.setattr(cikd, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("torch.compile is not supported on Python 3.15+")))
+    assert "use --compile off" in fails(capsys)
     monkeypatch.setattr(cikd, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError):                        # what only a programmer can mend keeps its traceback
         cikd.main([])
@@ -1361,10 +1364,13 @@ def test_own_teacher_and_its_refusals(tiny, tmp_path, capsys):
     result = cikd.train(replace(tiny, teacher_checkpoint=str(mine), run_name="own"))
     assert all(torch.equal(a, b) for a, b in zip(cikd.load(run / "student.pt").values(),
                                                  cikd.load(Path(result["folder"]) / "student.pt").values()))
+    state = cikd.load(mine)
+    cikd.save(mine, state | {"fc.bias": state["fc.bias"] + 1})              # the run is finished, but another teacher's now
+    with pytest.raises(cikd.CIKDError, match="mine.pt: is not the teacher that"):
+        cikd.train(replace(tiny, teacher_checkpoint=str(mine), run_name="own"))
     args = ["--output-dir", tmp_path / "r", "--epochs", 2, "--train-size", 60, "--holdout", 40, "--teacher-checkpoint"]
     assert 'does not fit (Error(s) in loading state_dict for ResNetTeacher: Missing key(s) in state_dict: "layer1.3' in fails(capsys, *args, mine, "--teacher", "resnet56")
     assert "does not fit" in fails(capsys, *args, run / "student.pt")
-    state = cikd.load(mine)
     cikd.save(tmp_path / "k7.pt", state | {"fc.weight": torch.zeros(7, 64), "fc.bias": torch.zeros(7)})
     assert "size mismatch for fc.weight" in fails(capsys, *args, tmp_path / "k7.pt")
     cikd.save(tmp_path / "more.pt", state | {"aux.weight": torch.zeros(1)})
@@ -1532,6 +1538,21 @@ def test_compare_makes_a_table_and_runs_nothing_twice(tmp_path, capsys):
                                                  cikd.load(Path(alone["folder"]) / "student.pt").values()))
 
 
+def test_compare_does_not_mix_teachers_and_says_how_to_go_on(tiny, monkeypatch, capsys):
+    cfg = replace(tiny, compare=True)
+    run = Path(cikd.train(replace(tiny, method="kd"))["folder"])
+    facts = json.loads((run / "settings.json").read_text())
+    cikd.save(run / "settings.json", facts | dict(teacher="another"))
+    with pytest.raises(cikd.CIKDError, match="seed0 and .*seed0: learned from different teachers"):
+        cikd.train_many(cfg)
+    assert not list(Path(tiny.output_dir).rglob("comparison.csv"))
+    cikd.save(run / "settings.json", facts)
+    assert len(cikd.train_many(cfg)) == 4
+    monkeypatch.setattr(cikd, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cikd.main(["--compare", "--train-size", "60"]) == 130
+    assert "the same command, which then goes on to the table" in capsys.readouterr().out
+
+
 def test_importing_has_no_side_effects(tmp_path):
     code = ("import torch; s = torch.get_rng_state(); import cikd; assert torch.equal(s, torch.get_rng_state());"
             "[getattr(cikd, n) for n in 'Config load_dataset VisionTransformer ResNetTeacher teacher_attention ali_loss "
@@ -1612,7 +1633,7 @@ def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     loaded = [va.load_run(r) for r in (runs[1], runs[0])]
     images, labels = va.run_images(loaded[0], None, None)
     columns = va.heatmaps(loaded, images[:3], labels[:3], tmp_path / "h.png", (2, 5), 5)
-    assert list(columns) == ["teacher, stage 2\n(surrogate)", "student\nbefore training", "student\nafter ALI",
+    assert list(columns) == ["teacher, layer2\n(surrogate)", "student\nbefore training", "student\nafter ALI",
                              "student\nafter LM", "student\nscratch"]
     for maps in columns.values():
         assert maps.shape == (3, 8, 8) and torch.allclose(maps.sum((1, 2)), torch.ones(3), atol=1e-4)
@@ -1620,7 +1641,7 @@ def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     assert torch.allclose(columns["student\nafter LM"].flatten(1), want)     # row 2, column 5
     one = va.heatmaps(loaded, images[:1], labels[:1], tmp_path / "h.png", (0, 0), 0, head=1)
     want = va.surrogate_maps(loaded[0], images[:1], 0)[:, 1, 0]
-    assert torch.allclose(one["teacher, stage 1\n(surrogate)"].flatten(1), want)     # block 0 imitates stage 1
+    assert torch.allclose(one["teacher, layer1\n(surrogate)"].flatten(1), want)     # block 0 imitates layer1
     panels = va.kernels(loaded, images, tmp_path / "k.png")
     assert [p.shape for p in panels.values()] == [(6, 4, 15, 15)] * 4
     cls = va.cls_attention(loaded[0], images[:2], labels[:2], tmp_path / "c.png", 3)
