@@ -176,7 +176,7 @@ class Config:
     batch_size: int | None = setting(None, "images per step, the teacher's too (paper: 256 in ALI, 512 in "
                                      "LM)", 1)
     lr: float | None = setting(None, "student's peak learning rate, AdamW [vit_tiny: 1e-3, paper; "
-                              "vit_micro: 2e-3, ablation]", 1e-9)
+                              "vit_micro: 2e-3, ablation of scratch and kd]", 1e-9)
     min_lr: float = setting(1e-6, "learning rate at the end of a stage (paper's LM) and of the teacher", 0)
     warmup: float = setting(0.1, "share of a stage, and of the teacher's epochs, in which the learning rate "
                             "rises (paper: 0.05)", 0, 1)
