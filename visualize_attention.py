@@ -318,7 +318,7 @@ def draw_kernels(figure: Figure, panels: dict[str, torch.Tensor], top: float) ->
         a.spines[:].set_visible(False)
     axes[0].set_ylabel("block")
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="min")
-    bar.set_label(f"mean attention at this offset (uniform: {4 / (side + 1) ** 2:.3f})")
+    bar.set_label(f"mean attention at this offset\n(uniform: {4 / (side + 1) ** 2:.3f})")
 
 
 def kernels(runs: list[Run], images: torch.Tensor, path: Path) -> dict[str, torch.Tensor]:
@@ -327,7 +327,7 @@ def kernels(runs: list[Run], images: torch.Tensor, path: Path) -> dict[str, torc
     for run, _, student, label, _ in stages_of(runs):
         panels[label] = cikd.attention_kernels(patch_maps(student, images)).mean(1)
     blocks, heads = next(iter(panels.values())).shape[:2]
-    tile = min(0.75, 8.5 / (heads * len(panels)))
+    tile = min(0.75, 10 / (heads * len(panels)))
     figure = Figure(figsize=(tile * heads * len(panels) + 1.7, tile * blocks + 1.1), layout="constrained")
     draw_kernels(figure, panels, max(float(panel.max()) for panel in panels.values()))
     figure.suptitle("Attention by offset from the query: each tile's centre is the query itself, its edges "
