@@ -17,13 +17,13 @@ has no queries and keys: its attention map is a *surrogate* (section 3).
 
 Sections 1 to 5 are the method and stand alone: of what follows they know only settings, by name.
 Sections 6 to 9 run it: settings, data, training, command line. Symbols in the shape comments:
-  B batch, S image side (pixels), N patches (a g x g grid), D width, H heads, d = D/H, C channels,
-  K classes
+  B batch, S image side, N patches (a g x g grid), D width, H heads, d = D/H, C channels, K classes
 """
 from __future__ import annotations
 
 import argparse
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -36,7 +36,7 @@ import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,6 @@ from torchvision.ops import StochasticDepth
 # %% 1. Student: ViT-Tiny, with timm's parameter names
 class Attention(nn.Module):
     """Multi-head self-attention in two halves, because ALI wants what lies between: q, k and v."""
-
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -70,10 +69,8 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)             # [B, H, N+1, d]
         return self.proj(x.transpose(1, 2).flatten(2))          # [B, N+1, H, d] -> [B, N+1, D]
 
-
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP, each added to its input."""
-
     def __init__(self, width: int, heads: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -87,7 +84,6 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(*qkv))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-
 def sincos_positions(grid: int, width: int) -> torch.Tensor:
     """2-D sine-cosine positions (MAE): a quarter of D for each of sin x, cos x, sin y, cos y."""
     frequency = 10000 ** -(torch.arange(width // 4) / (width // 4))
@@ -97,14 +93,11 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     patches = torch.cat([x, y], 2).flatten(0, 1)                            # [g, g, D] -> [N, D]
     return torch.cat([torch.zeros(1, width), patches])[None]    # [1, N+1, D]; CLS is nowhere: 0
 
-
 STUDENTS = {"vit_tiny": dict(depth=12, width=192, heads=3),     # the paper's width and depth
             "vit_micro": dict(depth=6, width=64, heads=4)}      # ours, for a CPU
 
-
 class VisionTransformer(nn.Module):
     """ViT with a CLS token. The defaults are timm's vit_tiny_patch16_224: same names and logits."""
-
     def __init__(self, image_size: int = 224, patch_size: int = 16, num_classes: int = 1000,
                  depth: int = 12, width: int = 192, heads: int = 3, drop_path: float = 0.0):
         super().__init__()
@@ -149,14 +142,10 @@ TEACHERS = {    # blocks of each layer, channels of layer1; each later layer has
     "resnet18": ((2, 2, 2, 2), 64), "resnet34": ((3, 4, 6, 3), 64),         # He 2016, table 1
 }
 
-
 class ResNetTeacher(nn.Module):
-    """ResNet that also hands out the feature maps of its layers (layer1, layer2, ...).
-
-    Up to 64 pixels the stem is a 3x3 convolution without max-pool; above it is torchvision's, and
-    resnet18/34 load its weights strictly. Shortcuts that change shape are 1x1 convolutions.
-    """
-
+    """ResNet that also hands out the feature maps of its layers (layer1, layer2, ...). Up to 64
+    pixels the stem is a 3x3 convolution without max-pool; above it is torchvision's, whose weights
+    resnet18/34 load strictly. Shortcuts that change shape are 1x1 convolutions."""
     def __init__(self, name: str, num_classes: int, image_size: int):
         super().__init__()
         counts, width = TEACHERS[name]
@@ -196,12 +185,10 @@ class ResNetTeacher(nn.Module):
 
 # %% 3. Stage 1, ALI: attention locality imitation
 def teacher_attention(features: torch.Tensor, grid: int, heads: int, tau=0.2) -> torch.Tensor:
-    """The teacher's attention surrogate: [B, C, h, w] -> [B, H, N, N], rows sum to 1. (Our own.)
-
-    Which patches look alike to the CNN? Bring the map to the patch grid, give each head a group of
+    """The teacher's attention surrogate (ours): [B, C, h, w] -> [B, H, N, N], rows sum to 1. Which
+    patches look alike to the CNN? Bring the map to the patch grid, give each head a group of
     channels, remove what all places share, and compare every two of them: softmax over keys of
-    cosine / tau. A map coarser than the grid is enlarged, which makes neighbours alike.
-    """
+    cosine / tau. A map coarser than the grid is enlarged, which makes neighbours alike."""
     mode = "area" if features.shape[-1] > grid else "bilinear"      # "area" is average pooling
     features, maps = F.interpolate(features.float(), grid, mode=mode), []   # [B, C, g, g]
     with torch.autocast(features.device.type, enabled=False):       # small tau magnifies rounding
@@ -210,25 +197,19 @@ def teacher_attention(features: torch.Tensor, grid: int, heads: int, tau=0.2) ->
             maps.append((group.transpose(1, 2) @ group / tau).softmax(-1))      # [B, N, N]
     return torch.stack(maps, 1)                                     # [B, H, N, N]
 
-
 def relation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """log softmax(a bᵀ / sqrt(d)) over keys (MiniLMv2): twice [B, H, N, d] -> [B, H, N, N]."""
     return ((a * a.shape[-1] ** -0.5) @ b.transpose(-2, -1)).float().log_softmax(-1)
 
-
 def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torch.Tensor:
-    """ALI of a student block and a teacher layer: KL(teacher || student), added over relations.
-
-    qkv: the block's q, k, v, each [B, H, N+1, d]; target: the teacher's maps [B, H, N, N]. Summed
-    over keys, averaged over images, heads and queries (paper). In the paper q-k imitates the
-    teacher's q-k and v-v its v-v; a ResNet has one surrogate, which both imitate.
-    """
+    """ALI of a student block, q, k, v each [B, H, N+1, d], and a teacher layer's maps [B, H, N, N]:
+    KL(teacher || student), summed over keys and relations, averaged over images, heads and queries
+    (paper, where q-k imitates q-k and v-v imitates v-v; here both imitate the one surrogate)."""
     q, k, v = (t[:, :, 1:] for t in qkv)                            # patches only: no CLS in a CNN
     sides = {"qk": (q, k), "vv": (v, v)}
     entropy = -torch.xlogy(target, target).sum(-1).mean()           # KL is cross-entropy minus this
     return sum(-(target * relation(*sides[name])).sum(-1).mean() - entropy
                for name in relations.split("+"))
-
 
 def color_jitter(images: torch.Tensor, strength: float) -> torch.Tensor:
     """Brightness, contrast, saturation of images [B, 3, S, S] in [-1, 1], times 1 ± strength."""
@@ -239,13 +220,10 @@ def color_jitter(images: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 # %% 4. Stage 2, LM: logit mimicking
-def dkd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor,
-             alpha=1.0, beta=4.0, temperature=1.0) -> torch.Tensor:
-    """Decoupled knowledge distillation (Zhao 2022): T² (alpha TCKD + beta NCKD), mean. Scalar.
-
-    logits: [B, K] both; labels [B]. All in log space, so that neither loss nor gradient overflows
-    however sure the models are: log p_y is a log-softmax, log(1 - p_y) a logsumexp over the others.
-    """
+def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.0) -> torch.Tensor:
+    """Decoupled knowledge distillation (Zhao 2022) of logits [B, K], labels [B]: T² (alpha TCKD +
+    beta NCKD), mean over the batch. All in log space, so that neither loss nor gradient overflows
+    however sure the models are: log p_y is a log-softmax, log(1 - p_y) a logsumexp of the rest."""
     def split(z):   # -> log b [B, 2] = (log p_y, log(1 - p_y)), log r [B, K-1] of the other classes
         z = (z if z.dtype == torch.float64 else z.float()) / temperature
         column = torch.arange(z.shape[1] - 1, device=z.device)
@@ -258,11 +236,8 @@ def dkd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.T
     nckd = F.kl_div(log_r, log_r_teacher, reduction="batchmean", log_target=True)
     return temperature ** 2 * (alpha * tckd + beta * nckd)
 
-
-def lm_loss(logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor,
-            weight=1.0, **dkd) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stage 2: cross-entropy + weight * DKD (`dkd`: its settings). Returns the total and its terms.
-    Without a teacher's logits DKD is 0: learning from labels alone."""
+def lm_loss(logits, teacher_logits, labels, weight=1.0, **dkd) -> tuple[torch.Tensor, ...]:
+    """Stage 2: CE + weight * DKD (`dkd`: its settings) -> total, CE, DKD. No teacher: DKD is 0."""
     ce = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)       # 0.1: paper
     if teacher_logits is None:
         return ce, ce, torch.zeros_like(ce)
@@ -277,7 +252,6 @@ class Stage(NamedTuple):
     labels: bool     # learn the labels
     logits: bool     # learn the teacher's logits (with the labels, always)
 
-
 ALI = Stage("ALI", ali=True, labels=False, logits=False)
 LM = Stage("LM", ali=False, labels=True, logits=True)
 JOINT = Stage("ALI+LM", ali=True, labels=True, logits=True)
@@ -291,26 +265,20 @@ METHODS = {         # what is learned before epoch ali_epochs, and from it on
     "teacher": (TEACHER, TEACHER),
 }
 
-
 def curriculum(method: str, epoch: int, ali_epochs: int) -> Stage:
     """The switch: what is learned in this epoch, from 0. Each stage has an optimizer of its own."""
     before, after = METHODS[method]
     return before if epoch < ali_epochs else after
-
 
 def parse_pairs(pairs: str, student: str) -> list[tuple[int, int]]:
     """"0:1,last:2" -> [(0, 1), (5, 2)]: blocks of the student, from 0, and layers of the ResNet."""
     text = pairs.replace("last", str(STUDENTS[student]["depth"] - 1))
     return [(int(block), int(layer)) for block, layer in (p.split(":") for p in text.split(","))]
 
-
-def step_loss(stage: Stage, cfg: Config, model: nn.Module, teacher: ResNetTeacher | None,
-              view: torch.Tensor, labels: torch.Tensor, stage_epoch: torch.Tensor) -> tuple:
-    """One step's loss and, for the log, its terms [3]: ALI, CE, DKD. `model` is who learns.
-
-    view: float [B, 3, S, S] in [-1, 1], the same crop for model and teacher; labels [B], not looked
-    at in ALI; stage_epoch: the stage's epochs so far (a tensor: numbers would be compiled anew).
-    """
+def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epoch) -> tuple:
+    """One step's loss and, for the log, its terms [3]: ALI, CE, DKD. `model` is who learns; view:
+    float [B, 3, S, S] in [-1, 1], the same crop for model and teacher; labels [B], not looked at in
+    ALI; stage_epoch: the stage's epochs so far (a tensor: each number would be compiled anew)."""
     teacher_logits, pairs = None, parse_pairs(cfg.pairs, cfg.student) if stage.ali else []
     ali = lm = ce = dkd = view.new_zeros(())            # what a stage does not learn stays 0
     if stage.ali or stage.logits:
@@ -337,15 +305,12 @@ def step_loss(stage: Stage, cfg: Config, model: nn.Module, teacher: ResNetTeache
 class CIKDError(Exception):
     """Something the user can mend. `main` prints it as one line and exits with code 2."""
 
-
 def need(condition, message: str) -> None:
     if not condition:
         raise CIKDError(message)
 
-
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
 
 SMALL = dict(image_size=32, patch_size=4, student="vit_tiny", teacher_epochs=60, ali_epochs=100,
              epochs=300, batch_size=128, crop="pad")
@@ -353,93 +318,67 @@ PHOTO = SMALL | dict(image_size=224, patch_size=16, teacher_epochs=100, crop="re
 DATASETS = {
     "shapes": dict(image_size=32, patch_size=4, student="vit_micro", teacher_epochs=4, ali_epochs=5,
                    epochs=16, batch_size=32, crop="none"),
-    "folder": PHOTO, "cifar10": SMALL, "cifar100": SMALL, "fashion_mnist": SMALL,
+    "cifar10": SMALL, "cifar100": SMALL, "fashion_mnist": SMALL,
     "stl10": PHOTO | dict(image_size=96, patch_size=8),
-    "pets": PHOTO, "aircraft": PHOTO, "dtd": PHOTO, "imagenette": PHOTO,
+    "folder": PHOTO, "pets": PHOTO, "aircraft": PHOTO, "dtd": PHOTO, "imagenette": PHOTO,
 }
 STUDENT_DEFAULTS = {"vit_tiny": dict(heads=3, teacher="resnet18", lr=1e-3),
                     "vit_micro": dict(heads=4, teacher="resnet20", lr=2e-3)}
 
-
 def setting(default, help: str, low=None, high=math.inf, choices=()):
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
-
 @dataclass
 class Config:
-    """Every setting. None means: from the data set's row, or as its help says in brackets. "paper":
-    its abstract or public code; "ablation": no other value tried did better by more than chance."""
-    # what to run
+    """Every setting. None: from the data set's row, or as the help says in brackets. "paper": its
+    abstract or public code; "ablation": no other value tried did better by more than chance."""
     dataset: str = setting("shapes", "images to learn from", choices=DATASETS)
-    method: str = setting("cikd", "cikd (paper); baselines: scratch (labels only), kd (LM all along), "
-                          "joint (ALI and LM all along); teacher: the ResNet", choices=METHODS)
-    compare: bool = setting(False, "run all four methods; prints a table, keeps comparison.csv")
+    method: str = setting("cikd", "cikd (paper), scratch (labels only), kd (LM all along), joint "
+                          "(both all along) or teacher (the ResNet alone)", choices=METHODS)
+    compare: bool = setting(False, "run these four methods; prints a table, keeps comparison.csv")
     seed: int = setting(0, "of the student, the order of images and the crops", 0)
-    seeds: tuple[int, ...] | None = setting(None, "repeat with each of these; mean and spread", 0)
-    # data
-    data_dir: str = setting("data", "where data sets lie or are downloaded to; for folder: "
-                            "DIR/{train,test|val|valid}/CLASS/*.png, .jpg, ...")
-    train_size: int | None = setting(None, "use only so many training images, class-balanced", 2)
-    holdout: int | None = setting(None, "test on so many training images, class-balanced and not "
-                                  "trained on, instead of the test set: for choosing settings", 2)
+    seeds: tuple = setting(None, "repeat with each of these; mean and standard deviation", 0)
+    data_dir: str = setting("data", "for folder: DIR/{train,test|val|valid}/CLASS/*.png, .jpg, ...")
+    train_size: int = setting(None, "use only so many training images, class-balanced", 2)
+    holdout: int = setting(None, "test on so many training images, left out: to choose settings", 2)
     data_seed: int = setting(0, "of shapes, both subsets and the teacher: what runs share", 0)
-    image_size: int | None = setting(None, "side of the square images, pixels", 16, 1024)
-    patch_size: int | None = setting(None, "side of a patch, pixels", 1)
-    crop: str | None = setting(None, "of training images: pad (shifts by up to 1/8; ours), resized "
-                               "(random area and aspect; paper), both with flips, or none",
-                               choices=("pad", "resized", "none"))
+    image_size: int = setting(None, "side of the square images, pixels", 16, 1024)
+    patch_size: int = setting(None, "side of a patch, pixels", 1)
+    crop: str = setting(None, "pad: shifts by up to 1/8 (ours), resized: random area and aspect "
+                        "(paper), both with flips", choices=("pad", "resized", "none"))
     jitter: float = setting(0.4, "of brightness, contrast, saturation in ALI (paper)", 0, 1)
-    # student
-    student: str | None = setting(None, "vit_tiny: 12 blocks, width 192 (paper); vit_micro: 6, 64",
-                                  choices=STUDENTS)
-    heads: int | None = setting(None, "attention heads of each block (ours; paper: 12, 6, 12) "
-                                "[3 in vit_tiny, 4 in vit_micro]", 1)
-    drop_path: float = setting(0.1, "stochastic depth of the last block, 0 in the first (ours; "
-                               "paper: 0.1 in the middle blocks)", 0, 0.9)
-    # teacher
-    teacher: str | None = setting(None, "ResNet (ours) [vit_tiny: resnet18, vit_micro: resnet20]",
-                                  choices=TEACHERS)
-    teacher_epochs: int | None = setting(None, "epochs of the teacher's own training (ours)", 1)
-    teacher_checkpoint: str | None = setting(None, "your own trained teacher: a state dict for "
-                                             "--teacher, images in [-1, 1], classes in this order")
+    student: str = setting(None, "12 blocks of width 192 (paper), or 6 of 64", choices=STUDENTS)
+    heads: int = setting(None, "attention heads (ours; paper: 12, 6, 12) [3; vit_micro 4]", 1)
+    drop_path: float = setting(0.1, "stochastic depth of the last block (paper: middle)", 0, 0.9)
+    teacher: str = setting(None, "ResNet (ours) [resnet18; vit_micro resnet20]", choices=TEACHERS)
+    teacher_epochs: int = setting(None, "epochs of the teacher's own training (ours)", 1)
+    teacher_checkpoint: str = setting(None, "your own, a state dict for --teacher")
     pretrained_teacher: bool = setting(False, "start resnet18/34 from ImageNet weights: extra data")
-    # stage 1, ALI
-    ali_epochs: int | None = setting(None, "epochs of stage 1; then comes the switch (paper: 300, "
-                                     "half; ours, a third: ablation)", 1)
+    ali_epochs: int = setting(None, "epochs before the switch (paper: half; a third: ablation)", 1)
     tau: float = setting(0.2, "temperature of the teacher's attention surrogate (ablation)", 1e-3)
-    relations: str = setting("qk+vv", "student relations that imitate it (paper, ablation)",
-                             choices=("qk", "vv", "qk+vv"))
-    pairs: str = setting("0:1,last:2", "student block:teacher layer, blocks from 0, layers from 1 "
-                         "(paper: first and last block, low and middle layer; ablation)")
-    # stage 2, LM
+    relations: str = setting("qk+vv", "what imitates it (paper)", choices=("qk", "vv", "qk+vv"))
+    pairs: str = setting("0:1,last:2", "student block, from 0:teacher layer, from 1 (ablation)")
     dkd_alpha: float = setting(1.0, "weight of TCKD, the label against the rest (paper)", 0)
     dkd_beta: float = setting(4.0, "weight of NCKD, the other classes among themselves (paper)", 0)
     dkd_temperature: float = setting(1.0, "softens both sets of logits in DKD (paper)", 0.01)
     ramp_epochs: int = setting(5, "epochs of LM in which DKD's weight rises from 0 to 1 (paper)", 0)
-    # training
-    epochs: int | None = setting(None, "of the student, both stages together (paper: 600)", 1)
-    batch_size: int | None = setting(None, "images per step (paper: 256 in ALI, 512 in LM)", 1)
-    lr: float | None = setting(None, "peak learning rate [vit_tiny 1e-3: paper; vit_micro 2e-3: "
-                               "ablation; --method teacher 0.1: ours]", 1e-6)
-    warmup: float = setting(0.1, "share of a stage, and of the teacher's epochs, in which the rate "
-                            "rises (paper: 0.05)", 0, 1)
-    weight_decay: float = setting(0.05, "(paper); not on biases, norms, CLS, positions (ours)", 0)
-    # where and how
+    epochs: int = setting(None, "of the student, both stages together (paper: 600)", 1)
+    batch_size: int = setting(None, "images per step (paper: 256 in ALI, 512 in LM)", 1)
+    lr: float = setting(None, "peak [1e-3: paper; vit_micro 2e-3: ablation; teacher 0.1]", 1e-6)
+    warmup: float = setting(0.1, "share of a stage in which the rate rises (paper: 0.05)", 0, 1)
+    weight_decay: float = setting(0.05, "(paper) not of biases, norms, positions (ours)", 0)
     output_dir: str = setting("runs", "where runs are kept")
-    run_name: str | None = setting(None, "folder of the run [made from the settings given]")
-    snapshot_every: int = setting(0, "keep the student's weights every so many epochs, for "
-                                  "visualize_attention.py --gif: 11 MB each, vit_micro 0.6", 0)
+    run_name: str = setting(None, "folder of the run [made from the settings given]")
+    snapshot_every: int = setting(0, "epochs between copies for --gif, 11 or 0.6 MB each", 0)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
     overwrite: bool = setting(False, "start again where a run of this name lies")
 
-
-RESULT_SETTINGS = [f.name for f in fields(Config) if f.name not in (        # can change the result
-    "compare", "seeds", "data_dir", "output_dir", "run_name", "snapshot_every", "device", "compile",
-    "overwrite")]
+RUN_SETTINGS = ("compare", "seeds", "data_dir", "output_dir", "run_name", "snapshot_every",
+                "device", "compile", "overwrite")       # do not change the result; all others can
+RESULT_SETTINGS = [f.name for f in fields(Config) if f.name not in RUN_SETTINGS]
 TEACHER_SETTINGS = ["dataset", "data_seed", "image_size", "crop", "teacher", "teacher_epochs",
                     "pretrained_teacher", "batch_size", "lr", "warmup"]     # ... the teacher
-
 
 def resolve(cfg: Config) -> Config:
     """A checked copy with every None filled in. Raises CIKDError that names the setting."""
@@ -450,14 +389,9 @@ def resolve(cfg: Config) -> Config:
                  f"--{f.name.replace('_', '-')}: {v} must be from {low} to {high}")
     cfg, teaches = replace(cfg), cfg.method == "teacher"
     for name in ("data_dir", "output_dir", "teacher_checkpoint"):
-        if getattr(cfg, name):
-            setattr(cfg, name, os.path.expanduser(getattr(cfg, name)))
-    need(not (cfg.run_name and (cfg.compare or cfg.seeds)),
-         "--run-name: names one run, but --compare and --seeds make several")
-    if not cfg.run_name and not teaches:        # named before the None are filled in
-        cfg.run_name = default_name(cfg)
-    need(teaches and not cfg.run_name or cfg.run_name == safe_name(cfg.run_name) != "teachers",
-         f"--run-name: {cfg.run_name!r} must be of letters, digits and ._=+,- and not too long")
+        setattr(cfg, name, getattr(cfg, name) and os.path.expanduser(getattr(cfg, name)))
+    need(re.fullmatch(r"[A-Za-z0-9_=+,-][A-Za-z0-9._=+,-]*", cfg.run_name or "_"),
+         f"--run-name: {cfg.run_name!r} must be of letters, digits and ._=+,- alone")
     row = DATASETS[cfg.dataset]
     if cfg.epochs and cfg.ali_epochs is None:   # only the total is given: ALI keeps its share of it
         cfg.ali_epochs = max(1, round(cfg.epochs * row["ali_epochs"] / row["epochs"]))
@@ -477,64 +411,42 @@ def resolve(cfg: Config) -> Config:
          f"--teacher-checkpoint: there is no file {cfg.teacher_checkpoint}")
     need(not cfg.pretrained_teacher or cfg.teacher in ("resnet18", "resnet34") and side > 64,
          "--pretrained-teacher: fits --teacher resnet18 or resnet34 and --image-size above 64 only")
-    need(cfg.device in ("auto", "cpu") or getattr(torch, cfg.device).is_available(),
+    need(cfg.device in ("auto", "cpu") or getattr(torch.backends, cfg.device).is_available(),
          f"--device: torch finds no {cfg.device} here; use cpu or auto")
-    depth, (counts, channels) = STUDENTS[cfg.student]["depth"], TEACHERS[cfg.teacher]
-    try:
-        pairs = parse_pairs(cfg.pairs, cfg.student)
-    except ValueError:
-        pairs = [(-1, -1)]
-    need(all(0 <= block < depth and 1 <= layer <= len(counts) for block, layer in pairs),
-         f"--pairs: {cfg.pairs!r} is not BLOCK:LAYER,BLOCK:LAYER,...; blocks are 0 to {depth - 1}, or "
-         f"last, layers 1 to {len(counts)}")
-    need(all(cfg.heads <= channels * 2 ** (layer - 1) for _, layer in pairs),
-         f"--heads: {cfg.heads} are more than a layer of {cfg.teacher} has channels")
+    depth, layers = STUDENTS[cfg.student]["depth"], len(TEACHERS[cfg.teacher][0])
+    need(re.fullmatch(r"((\d{1,3}|last):\d{1,3}(,|$))+", cfg.pairs) and
+         all(b < depth and 1 <= t <= layers for b, t in parse_pairs(cfg.pairs, cfg.student)),
+         f"--pairs: {cfg.pairs!r} is not BLOCK:LAYER,BLOCK:LAYER,... with blocks from 0 to "
+         f"{depth - 1}, or last, and layers from 1 to {layers}")
     return cfg
 
-
-def data_name(cfg: Config) -> str:
-    return Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
-
-
 def default_name(cfg: Config) -> str:
-    """Folder of a run: data set, method, every setting that is not the default, seed."""
+    """Folder of a run: data set, method, every setting given, seed; a long one ends in a hash."""
+    data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
     given = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if f.name in RESULT_SETTINGS
              and f.name not in ("dataset", "method", "seed") and getattr(cfg, f.name) != f.default]
-    return safe_name("-".join([data_name(cfg), cfg.method, *given, f"seed{cfg.seed}"]))
+    name = "-".join([data.lstrip("."), cfg.method, *given, f"seed{cfg.seed}"])
+    name = name if len(name) <= 150 else f"{name[:60]}-{hash_of(os.fsencode(name))[:8]}"
+    return re.sub(r"[^A-Za-z0-9._=+,-]", "_", name)     # what every file system and shell takes
 
-
-def safe_name(name: str) -> str:
-    """A name that every file system and shell takes; a long one is cut and ends in a hash."""
-    plain = re.sub(r"[^A-Za-z0-9._=+,-]", "_", name).lstrip(".") or "_"
-    return plain if len(plain) <= 150 else f"{plain[:60]}-{hash_of(name.encode())[:8]}"
-
-
-def hash_of(*parts) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
+def hash_of(content) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 # %% 7. Data: uint8 tensors on the training device, augmented a whole batch at a time
 class Data(NamedTuple):
-    """Images are uint8 [n, 3, S, S], labels int64 [n]; `images_hash` is of all four."""
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+    """train and test: (images, uint8 [n, 3, S, S]; labels, int64 [n]); images_hash: of all four."""
+    train: tuple[torch.Tensor, torch.Tensor]
+    test: tuple[torch.Tensor, torch.Tensor]
     classes: list[str]
     images_hash: str
 
-
-SHAPES = [fill + form for fill in ("", "hollow ") for form in "disc triangle square star flower".split()]
-
+FORMS = "disc", "triangle", "square", "star", "flower"
+SHAPES = [*FORMS, *(f"hollow {form}" for form in FORMS)]
 
 def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """n images of the ten SHAPES, uint8 [n, 3, size, size], and labels [n]: a demonstration only.
-
-    Random colour, place, size and a modest turn, over a coloured, noisy ground, under a thin line.
-    """
+    Random colour, place, size and modest turn, over a coloured, noisy ground, under a thin line."""
     rng = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -556,7 +468,6 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.
     mask = (outline - rho + 0.5).clamp(0, 1)                # 1 inside, one soft pixel at the edge
     core = (outline * 0.55 - rho + 0.5).clamp(0, 1)
     mask = (mask - core * (labels >= 5)[:, None, None])[:, None]    # [n, 1, S, S]
-
     ground = F.interpolate(uniform(-0.15, 0.15, 3, 4, 4), size=size, mode="bilinear")
     ground = ground + uniform(0, 1, 3, 1, 1)
     colour = (ground.mean((2, 3), keepdim=True) + uniform(0.35, 0.65, 3, 1, 1)) % 1
@@ -567,7 +478,6 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.
     images = images + uniform(-0.06, 0.06, 3, size, size)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels
 
-
 def to_rgb(image: Image.Image, size: int) -> torch.Tensor:
     """PIL image -> uint8 [3, size, size]: RGB, alpha over white, middle square, resized."""
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
@@ -576,7 +486,6 @@ def to_rgb(image: Image.Image, size: int) -> torch.Tensor:
     image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torchvision.transforms.functional.pil_to_tensor(image)           # [3, S, S]
 
-
 def open_image(path: str | Path) -> Image.Image:
     """Read an image file whole and turn it upright (EXIF). Raises CIKDError with its name."""
     try:
@@ -584,24 +493,20 @@ def open_image(path: str | Path) -> Image.Image:
             image.load()
     except Exception as error:                  # Pillow raises whatever a broken file leads to
         raise CIKDError(f"{path}: not a readable image ({one_line(error)})") from None
-    need(image.mode != "F" and not image.mode.startswith("I"),      # only the user knows its range
-         f"{path}: grey of more than 8 bits ({image.mode}); convert it, for example by "
-         "Image.fromarray((numpy.asarray(image) / 65535 * 255).astype('uint8'))")
+    need(image.mode[0] not in "IF", f"{path}: grey of more than 8 bits; convert it, from 16 for "
+         "example by Image.fromarray((numpy.asarray(image) / 65535 * 255).astype('uint8'))")
     try:
         return ImageOps.exif_transpose(image)
     except Exception:                           # broken metadata is not a broken picture
         return image
-
 
 def prepare(image: Image.Image | str | Path, size: int) -> torch.Tensor:
     """A picture, or its file -> float [1, 3, size, size] in [-1, 1], ready for a model."""
     image = image if isinstance(image, Image.Image) else open_image(image)
     return to_float(to_rgb(image, size)[None])
 
-
 def decode(get, n: int, size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """get(i) -> (PIL image, label) for i < n -> uint8 [n, 3, size, size], int64 [n], on all cores.
-    Raises CIKDError that counts what cannot be read and names ten of it."""
+    """get(i) -> PIL image, label of n -> uint8 [n, 3, size, size], int64 [n]. Raises CIKDError."""
     images, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n).long()
     broken = []
 
@@ -616,9 +521,8 @@ def decode(get, n: int, size: int, name: str) -> tuple[torch.Tensor, torch.Tenso
         for done, _ in enumerate(pool.map(one, range(n)), 1):
             if done % 100 == 0 or done == n:
                 status(f"reading {name}: {done} of {n} images", last=done == n)
-    need(not broken, f"{name}: mend or remove {len(broken)} images: {'; '.join(sorted(broken)[:10])}")
+    need(not broken, f"{name}: mend or remove {len(broken)} images: {'; '.join(broken[:10])}")
     return images, labels
-
 
 def status(text: str, last: bool = True) -> None:
     """A line that replaces itself on a terminal; when piped, only the last one is printed."""
@@ -627,99 +531,76 @@ def status(text: str, last: bool = True) -> None:
     elif last:
         print(text, flush=True)
 
+def read_folder(cfg: Config, test: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """(images, labels, classes) of DIR/train, or of DIR/test, val or valid. Raises CIKDError."""
+    def class_folders(path):
+        return sorted(p.name for p in path.glob("[!.]*") if p.is_dir())
 
-def class_folders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) \
-        if path.is_dir() else []
-
-
-def read_folder(cfg: Config, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """(images, labels, classes) of DIR/train, or of the first of DIR/test, DIR/val and DIR/valid with
-    class folders; the classes are always DIR/train's. Hidden files are skipped. CIKDError."""
-    where, names = Path(cfg.data_dir), dict(train=["train"], test=["test", "val", "valid"])[split]
+    where, names = Path(cfg.data_dir), ["test", "val", "valid"] if test else ["train"]
     path = next((where / name for name in names if class_folders(where / name)), where / names[0])
-    here, classes, files, skipped = class_folders(path), class_folders(where / "train"), [], []
-    need(here, f"{path}: no class folders; --dataset folder reads DIR/train/CLASS/ and DIR/test/CLASS/ "
-         "(or val, valid) of --data-dir DIR; without test images give --holdout")
-    need(set(here) <= set(classes), f"{path}: has classes that {where / 'train'} lacks: "
-         f"{', '.join(sorted(set(here) - set(classes)))}")
+    here, classes = class_folders(path), class_folders(where / "train")
+    need(here, f"{path}: no class folders; --dataset folder reads train/CLASS/ and test/CLASS/ (or "
+         "val, valid) of --data-dir; without test images give --holdout")
+    found = glob.glob(os.path.join(glob.escape(str(path)), "*", "**", "*"), recursive=True)
+    found = [Path(file) for file in found if os.path.isfile(file)]
     endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif")
-    for name in here:
-        for base, folders, found in os.walk(path / name, followlinks=True):
-            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-            for file in sorted(file for file in found if not file.startswith(".")):
-                taken = files if file.lower().endswith(endings) else skipped
-                taken.append((os.path.join(base, file), classes.index(name)))
-    empty = [name for name in here if classes.index(name) not in {label for _, label in files}]
-    need(not empty, f"{path}: no images ({', '.join(endings)}) of {', '.join(empty)}")
-    if skipped:
-        kinds = sorted({os.path.splitext(file)[1] for file, _ in skipped})
-        print(f"{path}: {len(skipped)} files skipped, with other endings: {' '.join(kinds)}", flush=True)
-    images, labels = decode(lambda i: (open_image(files[i][0]), files[i][1]), len(files),
+    files = sorted(file for file in found if file.suffix.lower() in endings)
+    if len(files) < len(found):
+        print(f"{path}: skips {len(found) - len(files)} files, not {' '.join(endings)}", flush=True)
+    names = [file.relative_to(path).parts[0] for file in files]
+    wrong = set(here) - (set(classes) & set(names))
+    need(not wrong, f"{path} or {where / 'train'}: has no images of {', '.join(sorted(wrong))}")
+    images, labels = decode(lambda i: (open_image(files[i]), classes.index(names[i])), len(files),
                             cfg.image_size, str(path))
     return images, labels, classes
 
-
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
-PUBLISHED = {   # torchvision's class; arguments of its training parts and of its test set; images in
-    # both, of which a half-extracted copy has fewer; for those without a network: archive, place
-    "cifar10": ("CIFAR10", [dict(train=True)], dict(train=False), (50000, 10000),
-                "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", ""),
-    "cifar100": ("CIFAR100", [dict(train=True)], dict(train=False), (50000, 10000),
-                 "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", ""),
-    "fashion_mnist": ("FashionMNIST", [dict(train=True)], dict(train=False), (60000, 10000),
-                      "the four .gz of https://github.com/zalandoresearch/fashion-mnist",
-                      "FashionMNIST/raw"),
-    "stl10": ("STL10", [dict(split="train")], dict(split="test"), (5000, 8000),
-              "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz", ""),
-    "pets": ("OxfordIIITPet", [dict(split="trainval")], dict(split="test"), (3680, 3669),
+TRAIN_TEST = [dict(train=True)], [dict(train=False)]
+SPLITS = [dict(split="trainval")], [dict(split="test")]
+PUBLISHED = {   # torchvision's class, arguments of each part of training and test set, images in
+    # both (a half-extracted copy has fewer), what to get without a network, and where it belongs
+    "cifar10": ("CIFAR10", TRAIN_TEST, (50000, 10000),
+                "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "cifar100": ("CIFAR100", TRAIN_TEST, (50000, 10000),
+                 "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "fashion_mnist": ("FashionMNIST", TRAIN_TEST, (60000, 10000),
+                      "https://github.com/zalandoresearch/fashion-mnist", "FashionMNIST", "raw"),
+    "stl10": ("STL10", ([dict(split="train")], [dict(split="test")]), (5000, 8000),
+              "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"),
+    "pets": ("OxfordIIITPet", SPLITS, (3680, 3669),
              f"images.tar.gz and annotations.tar.gz from {OXFORD}pets/", "oxford-iiit-pet"),
-    "aircraft": ("FGVCAircraft", [dict(split="trainval")], dict(split="test"), (6667, 3333),
-                 f"{OXFORD}fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz", ""),
-    "dtd": ("DTD", [dict(split="train"), dict(split="val")], dict(split="test"), (3760, 1880),
+    "aircraft": ("FGVCAircraft", SPLITS, (6667, 3333),
+                 f"{OXFORD}fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),
+    "dtd": ("DTD", ([dict(split="train"), dict(split="val")], [dict(split="test")]), (3760, 1880),
             f"{OXFORD}dtd/download/dtd-r1.0.1.tar.gz", "dtd"),
-    "imagenette": ("Imagenette", [dict(size="320px")], dict(size="320px", split="val"), (9469, 3925),
-                   "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz", ""),
+    "imagenette": ("Imagenette", ([dict(size="320px")], [dict(size="320px", split="val")]),
+                   (9469, 3925), "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz"),
 }
 
-
-def read_published(cfg: Config, split: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """(images, labels, classes) of a torchvision data set, downloaded if it is not there. CIKDError."""
-    name, train, test, counts, archive, place = PUBLISHED[cfg.dataset]
-    make, where = getattr(torchvision.datasets, name), Path(cfg.data_dir)
+def read_published(cfg: Config, test: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """(images, labels, classes) of a torchvision data set, downloaded if not there. CIKDError."""
+    name, splits, counts, archive, *place = PUBLISHED[cfg.dataset]
+    where, make, n = Path(cfg.data_dir), getattr(torchvision.datasets, name), counts[test]
     try:
-        parts = []
-        for arguments in train if split == "train" else [test]:
-            try:
-                parts.append(make(str(where), **arguments))
-            except RuntimeError:                # torchvision's word for: not there
-                print(f"downloading {cfg.dataset} into {where}", flush=True)
-                parts.append(make(str(where), **arguments, download=True))
+        parts = [make(str(where), download=True, **arguments) for arguments in splits[test]]
+        both = torch.utils.data.ConcatDataset(parts)
+        need(len(both) == n, f"{len(both)} images where {n} belong")
+        images, labels = decode(both.__getitem__, n, cfg.image_size,
+                                f"{cfg.dataset}, {'test' if test else 'train'}")
     except Exception as error:                  # torchvision raises whatever a broken copy leads to
         raise CIKDError(
             f"{cfg.dataset}: neither whole in {where} nor downloaded ({type(error).__name__}: "
-            f"{one_line(error)}); get {archive}, put it into {where / place} and run this again, or "
-            "try --dataset shapes, which needs no download") from None
-    both, count = torch.utils.data.ConcatDataset(parts), counts[split == "test"]
-    try:
-        need(len(both) == count, f"{len(both)} images where {count} belong")
-        images, labels = decode(both.__getitem__, count, cfg.image_size, f"{cfg.dataset} {split}")
-    except CIKDError as error:
-        raise CIKDError(f"{cfg.dataset}: incomplete in {where} ({error}); delete the extracted folder "
-                        "and run this again") from None
-    classes = [c if isinstance(c, str) else c[0] for c in parts[0].classes]     # Imagenette: synonyms
-    return images, labels, classes
-
+            f"{one_line(error)}); delete what is half extracted, get {archive}, put it into "
+            f"{where.joinpath(*place)} and run this again, or try --dataset shapes") from None
+    names = [c if isinstance(c, str) else c[0] for c in parts[0].classes]   # Imagenette: synonyms
+    return images, labels, names
 
 def balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
     """A seeded order [n] of all images, each prefix as class-balanced as the data allow."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    by_class, counts = labels[order].argsort(stable=True), labels.bincount()
-    before = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rank = torch.empty_like(order)              # 0 for the first image of its class here, then 1, ...
-    rank[by_class] = torch.arange(len(labels)) - before
+    drawn = labels[order][:, None]                                          # [n, 1]
+    rank = F.one_hot(drawn[:, 0]).cumsum(0).gather(1, drawn)[:, 0]          # in its class, from 1
     return order[rank.argsort(stable=True)]
-
 
 def load_dataset(cfg: Config) -> Data:
     """The data of a resolved Config, cut to --holdout and --train-size. Raises CIKDError."""
@@ -728,23 +609,22 @@ def load_dataset(cfg: Config) -> Data:
                        for i, n in enumerate((3000, 1000)))
     else:
         read = read_folder if cfg.dataset == "folder" else read_published
-        train = read(cfg, "train")
-        test = train if cfg.holdout else read(cfg, "test")
-    images, labels, classes = train
-    n, held, option = len(labels), cfg.holdout or 0, "--train-size" if cfg.train_size else "--holdout"
-    size, order = cfg.train_size or n - held, balanced_order(labels, cfg.data_seed)
+        train = read(cfg, test=False)
+        test = train if cfg.holdout else read(cfg, test=True)
+    (images, labels, classes), test = train, test[:2]
+    n, held, order = len(labels), cfg.holdout or 0, balanced_order(labels, cfg.data_seed)
+    size = cfg.train_size or n - held
     cuts = [order[:held], order[held:held + size]]
-    need(len(classes) > 1, f"--dataset: {cfg.data_dir} holds one class; there must be two")
-    need(held + size <= n and all(len(labels[cut].unique()) == len(classes) for cut in cuts if len(cut)),
-         f"{option}: {n} training images of {len(classes)} classes cannot give {size} to train on and "
-         f"{held} to hold out, an image of each class in both")
+    need(len(classes) > 1 and held + size <= n and
+         all(len(labels[cut].unique()) == len(classes) for cut in cuts if len(cut)),
+         f"--train-size, --holdout: {n} images of {len(classes)} classes cannot give {size} to "
+         f"train on and {held} to hold out, with two classes or more and all of them in both parts")
     if held:
         test = images[cuts[0]], labels[cuts[0]]
     if held or cfg.train_size:
         images, labels = images[cuts[1]], labels[cuts[1]]
-    parts = images, labels, test[0], test[1]
-    return Data(*parts, classes, hash_of(*(part.contiguous().numpy().data for part in parts)))
-
+    hashes = [hash_of(part.contiguous().numpy()) for part in (images, labels, *test)]
+    return Data((images, labels), test, classes, hash_of("".join(hashes).encode()))
 
 def draw_crops(n: int, size: int, kind: str) -> torch.Tensor | None:
     """Random crop and flip of n images: (width, x, height, y) [n, 4], the whole image being
@@ -763,41 +643,34 @@ def draw_crops(n: int, size: int, kind: str) -> torch.Tensor | None:
         shift = (torch.rand(2, n) * 2 - 1) * (1 - torch.stack([wide, high]))
     return torch.stack([wide * flip, shift[0], high, shift[1]], 1)
 
-
 def to_float(images: torch.Tensor, crops: torch.Tensor | None = None) -> torch.Tensor:
-    """uint8 [B, 3, S, S] -> float in [-1, 1] (mean, deviation 0.5: paper), cropped as drawn above."""
+    """uint8 [B, 3, S, S] -> float in [-1, 1] (mean, deviation 0.5: paper), cropped as drawn."""
     images = images.float() / 127.5 - 1
     if crops is None:
         return images
     B, _, S, _ = images.shape
-    place = (2 * torch.arange(S, device=images.device) + 1) / S - 1     # [S], pixel centres, -1 to 1
+    place = (2 * torch.arange(S, device=images.device) + 1) / S - 1     # [S], centres of pixels
     wide, x, high, y = crops[:, :, None].unbind(1)                      # each [B, 1]
-    grid = torch.stack([(wide * place + x)[:, None].expand(B, S, S),    # where each pixel comes from
+    grid = torch.stack([(wide * place + x)[:, None].expand(B, S, S),    # where each comes from
                         (high * place + y)[:, :, None].expand(B, S, S)], 3)     # [B, S, S, 2]
     return F.grid_sample(images, grid, align_corners=False)
 
-
-def batches(data: Data, cfg: Config, device: torch.device):
-    """One epoch of (view, float [B, 3, S, S]; labels [B]), the same on every device.
-
-    Order and crops are drawn at once, on the CPU. A last partial batch is dropped unless it is the
-    only one, so that all steps have one shape.
-    """
-    n = len(data.train_labels)
-    size = min(cfg.batch_size, n)
-    order = torch.randperm(n)[: n // size * size].to(data.train_images.device)
+def batches(data: Data, cfg: Config):
+    """One epoch of (view, float [B, 3, S, S]; labels [B]). Order and crops are drawn at once, on
+    the CPU. A last partial batch is dropped unless it is the only one: all steps have one shape."""
+    images, labels = data.train
+    size = min(cfg.batch_size, len(labels))
+    order = torch.randperm(len(labels))[: len(labels) // size * size].to(images.device)
     crops = draw_crops(len(order), cfg.image_size, cfg.crop)
-    parts = [None] * (len(order) // size) if crops is None else crops.to(device).split(size)
+    parts = [None] * (len(order) // size) if crops is None else crops.to(images.device).split(size)
     for index, crop in zip(order.split(size), parts):
-        view = to_float(data.train_images[index].to(device), crop)
-        yield view, data.train_labels[index].to(device)
+        yield to_float(images[index], crop), labels[index]
 
 
 # %% 8. Training: teacher and student take the same path
 def save(path: Path, content) -> None:
-    """Write rows (.csv), a dict of values (.json), of tensors (.pt), or bytes, as `path` ends: into
-    memory, then beside and onto the disk, then renamed, so that what bears its final name is whole.
-    Raises CIKDError that names the file."""
+    """Write rows (.csv), values (.json), tensors (.pt) or bytes, as `path` ends: first beside it,
+    then renamed, so that what bears its final name is whole. Raises CIKDError."""
     memory = io.BytesIO(content if isinstance(content, bytes) else b"")
     if path.suffix == ".csv":
         text = io.TextIOWrapper(memory, "utf-8", newline="", write_through=True)
@@ -812,61 +685,49 @@ def save(path: Path, content) -> None:
     beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")    # ours alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            file.write(memory.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        beside.write_bytes(memory.getbuffer())
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise CIKDError(f"{path}: cannot be written ({one_line(error)}); when it can be, run the same "
-                        "command again: what was saved before is whole") from None
-
+        raise CIKDError(f"{path}: cannot be written ({one_line(error)}); when it can be, run the "
+                        "same command again: what was saved before is whole") from None
 
 def load(path: str | Path, model: nn.Module | None = None) -> dict:
-    """Tensors and plain values: weights_only refuses a pickle that would run code. With `model`, a
-    state dict that must fit it exactly. Raises CIKDError that says what is wrong."""
-    try:
+    """Tensors and plain values; with `model`, a state dict that must fit it exactly. CIKDError."""
+    try:                                        # weights_only: no pickle that would run code
         content = torch.load(path, map_location="cpu", weights_only=True)
         if model is not None:
             model.load_state_dict(content)
         return content
     except Exception as error:                  # torch raises whatever a broken file leads to
-        raise CIKDError(f"{path}: not a checkpoint that fits; check the model's name, --image-size, "
-                        f"--patch-size and the number of classes ({one_line(error)[:250]})") from None
-
+        raise CIKDError(f"{path}: not a checkpoint that fits; check the model's name, the sizes of "
+                        f"image and patch and the classes ({one_line(error)[:250]})") from None
 
 def seed_torch(*parts) -> None:
-    """Seed torch from (seed, model, epoch): to go on exactly, no generator's state has to be kept."""
+    """Seed torch from (seed, model, epoch), so that going on needs no state of a generator."""
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big"))
-
 
 def autocast(device: torch.device):
     """bfloat16 on GPUs that compute in it (older ones only emulate it, slowly), else float32."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
-
 @torch.no_grad()
-def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, device="cpu",
-             batch_size: int = 500) -> float:
-    """Top-1 accuracy, percent, of a model in evaluation mode on uint8 images [n, 3, S, S]."""
-    training, correct, device = model.training, 0, torch.device(device)
+def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size=500) -> float:
+    """Top-1 accuracy, percent, in evaluation mode, on uint8 images [n, 3, S, S]."""
     model.eval()
+    correct = 0
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
-        with autocast(device):
-            logits = model(to_float(x.to(device)))                          # [B, K]
-        correct = correct + (logits.argmax(1) == y.to(device)).sum()
-    model.train(training)
+        with autocast(images.device):
+            logits = model(to_float(x))                                     # [B, K]
+        correct = correct + (logits.argmax(1) == y).sum()
     return 100 * int(correct) / len(labels)
-
 
 def attention_distance(maps: torch.Tensor) -> torch.Tensor:
     """Mean distance from query to key in patches (Raghu 2021): maps [..., N, N] -> [...]."""
     grid = math.isqrt(maps.shape[-1])
     place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(maps)       # [N, 2]
     return (maps * torch.cdist(place, place)).sum(-1).mean(-1)
-
 
 @torch.no_grad()
 def student_maps(student: VisionTransformer, images: torch.Tensor):
@@ -875,52 +736,43 @@ def student_maps(student: VisionTransformer, images: torch.Tensor):
     for q, k, _ in tapped.values():
         yield relation(q[:, :, 1:], k[:, :, 1:]).exp()
 
-
-def probe(images: torch.Tensor, n: int = 64) -> tuple[torch.Tensor, ...]:
-    """n images, evenly spaced, on which locality is measured, 16 at a time, for maps are large."""
-    return images[torch.linspace(0, len(images) - 1, min(n, len(images))).long()].split(16)
-
-
-def measure(model: nn.Module, cfg: Config, data: Data, device: torch.device) -> dict:
-    """What an epoch's row says: accuracy and, of a student, attention distance, mean of all heads."""
-    found = dict(accuracy=evaluate(model, data.test_images, data.test_labels, device, 2 * cfg.batch_size))
+def measure(model: nn.Module, cfg: Config, data: Data) -> dict:
+    """What an epoch's row says: accuracy and, of a student, attention distance."""
+    found = dict(accuracy=evaluate(model, *data.test, 2 * cfg.batch_size))
     if isinstance(model, VisionTransformer):
-        model.eval()
-        found["attention_distance"] = float(torch.stack([
-            attention_distance(maps).mean() for images in probe(data.test_images)
-            for maps in student_maps(model, to_float(images.to(device)))]).mean())
+        distances = [attention_distance(maps).mean() for images in probe(data.test[0])
+                     for maps in student_maps(model, to_float(images))]
+        found["attention_distance"] = float(torch.stack(distances).mean())
     return found
 
+def probe(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """64 images, evenly spaced, on which locality is measured; 16 at a time, for maps are large."""
+    return images[torch.linspace(0, len(images) - 1, min(64, len(images))).long()].split(16)
 
 def learning_rate(progress: float, peak: float, warmup: float, floor: float = 1e-6) -> float:
-    """Linear rise in the first `warmup` of a stage, then half a cosine to `floor` (that of the
-    paper's LM); progress in (0, 1]."""
+    """Linear rise, then half a cosine to `floor` (paper's LM); progress in a stage, in (0, 1]."""
     if progress < warmup:
         return peak * progress / warmup
     angle = math.pi * (progress - warmup) / max(1e-9, 1 - warmup)
     return floor + (peak - floor) * (1 + math.cos(angle)) / 2
 
-
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     """Teacher: SGD. Student: AdamW, without decay on biases, norms, CLS and positions."""
     if isinstance(model, ResNetTeacher):
         return torch.optim.SGD(model.parameters(), cfg.lr, 0.9, nesterov=True, weight_decay=5e-4)
-    decayed, free = [], []
+    groups = [dict(params=[], weight_decay=cfg.weight_decay), dict(params=[], weight_decay=0.0)]
     for name, p in model.named_parameters():
-        (free if p.ndim == 1 or name in ("cls_token", "pos_embed") else decayed).append(p)
-    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=free, weight_decay=0.0)]
+        groups[p.ndim == 1 or name in ("cls_token", "pos_embed")]["params"].append(p)
     return torch.optim.AdamW(groups, cfg.lr, betas=(0.9, 0.95), fused=True)         # betas: paper
 
-
-def fit(model: nn.Module, teacher: ResNetTeacher | None, cfg: Config, data: Data, final: Path,
-        device: torch.device) -> None:
-    """Train student or teacher and write `final`. After each epoch metrics.csv and last.pt beside it
-    are whole, and the same call goes on there. CIKDError if a loss or weight is not finite."""
+def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
+    """Train student or teacher and write `final`. After each epoch metrics.csv and last.pt beside
+    it are whole; the same call goes on there. CIKDError if a loss or weight is not finite."""
+    folder, device, rows, began = final.parent, data.train[0].device, [], time.monotonic()
     compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
     loss_fn = torch.compile(step_loss, dynamic=False) if compiled else step_loss
     plan = [curriculum(cfg.method, epoch, cfg.ali_epochs) for epoch in range(cfg.epochs)]
-    steps = max(1, len(data.train_labels) // cfg.batch_size)
-    folder, optimizer, rows, began = final.parent, make_optimizer(model, cfg), [], time.monotonic()
+    steps, optimizer = max(1, len(data.train[1]) // cfg.batch_size), make_optimizer(model, cfg)
     if (folder / "last.pt").exists():
         last = load(folder / "last.pt")
         model.load_state_dict(last["model"])
@@ -936,7 +788,7 @@ def fit(model: nn.Module, teacher: ResNetTeacher | None, cfg: Config, data: Data
         seed_torch(cfg.seed, final.stem, epoch)
         model.train()
         stage_epoch, log, start = torch.tensor(epoch - begin, device=device), [], time.monotonic()
-        for step, (view, labels) in enumerate(batches(data, cfg, device), 1):
+        for step, (view, labels) in enumerate(batches(data, cfg), 1):
             progress = (epoch - begin + step / steps) / length
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress, cfg.lr, cfg.warmup)
@@ -950,33 +802,30 @@ def fit(model: nn.Module, teacher: ResNetTeacher | None, cfg: Config, data: Data
         log = torch.stack(log).cpu().double()   # [steps, 4]; the epoch's only wait for the device
         seconds, weights = time.monotonic() - start, model.state_dict()
         need(log.isfinite().all() and all(t.isfinite().all() for t in weights.values()),
-             f"{stage.name}, epoch {epoch + 1}: the loss or a weight is not finite; {folder} keeps the "
-             "epoch before; a smaller --lr usually helps")
+             f"{stage.name}, epoch {epoch + 1}: the loss or a weight is not finite; {folder} keeps "
+             "the epoch before; a smaller --lr usually helps")
         if final.exists():                      # another job wanted the same teacher and was faster
             return
         loss, ali, ce, dkd = log.mean(0).tolist()
         rows.append(dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
-                         lr=group["lr"], **measure(model, cfg, data, device), seconds=seconds,
+                         lr=group["lr"], **measure(model, cfg, data), seconds=seconds,
                          images_per_second=len(log) * len(view) / seconds))
-        if stage not in plan[epoch + 1:] and epoch + 1 < cfg.epochs:        # the switch comes next
+        if epoch == begin + length - 1 < cfg.epochs - 1:            # the switch comes next
             save(folder / f"student_{stage.name.lower()}.pt", weights)
         if cfg.snapshot_every and (epoch + 1) % cfg.snapshot_every == 0:
             save(folder / "snapshots" / f"epoch_{epoch + 1:04}.pt",
                  {name: t.half() for name, t in weights.items()})
         save(folder / "metrics.csv", rows)
         save(folder / "last.pt", dict(model=weights, optimizer=optimizer.state_dict(), rows=rows))
-        left = (time.monotonic() - began) / (epoch + 1 - first) * (cfg.epochs - epoch - 1)
-        shown = [f"{name} {value:.4g}" for name, value in rows[-1].items()
-                 if name in ("ali", "ce", "dkd", "lr", "accuracy", "attention_distance") and value]
-        status(f"{stage.name:7} {epoch + 1:3}/{cfg.epochs}  {'  '.join(shown)}  {left / 60:.0f} min left")
+        left = (time.monotonic() - began) / (epoch + 1 - first) * (cfg.epochs - epoch - 1) / 60
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in list(rows[-1].items())[2:] if v)
+        status(f"{stage.name:7} {epoch + 1:3}/{cfg.epochs}  {shown}  {left:.0f} min left")
     save(final, model.state_dict())
     (folder / "last.pt").unlink(missing_ok=True)
-
 
 def build_student(cfg: Config, num_classes: int) -> VisionTransformer:
     shape = STUDENTS[cfg.student] | dict(heads=cfg.heads, drop_path=cfg.drop_path)
     return VisionTransformer(cfg.image_size, cfg.patch_size, num_classes, **shape)
-
 
 def build_teacher(cfg: Config, num_classes: int, device: torch.device) -> ResNetTeacher:
     teacher = ResNetTeacher(cfg.teacher, num_classes, cfg.image_size)
@@ -984,196 +833,146 @@ def build_teacher(cfg: Config, num_classes: int, device: torch.device) -> ResNet
         teacher.to(memory_format=torch.channels_last)           # faster for convolutions
     return teacher.to(device)
 
-
-def get_teacher(cfg: Config, data: Data, device: torch.device) -> tuple[ResNetTeacher, Path]:
+def get_teacher(cfg: Config, data: Data) -> tuple[ResNetTeacher, Path]:
     """The frozen teacher and its file: the user's own, one trained before, or trained now."""
     path = cfg.teacher_checkpoint
     if not path:
-        alone = replace(cfg, method="teacher", lr=None, run_name=None, overwrite=False)
+        alone = replace(cfg, method="teacher", lr=None, run_name=None, overwrite=False,
+                        snapshot_every=0)
         path = Path(train(alone, data)["folder"]) / "teacher.pt"
-    teacher = build_teacher(cfg, len(data.classes), device)
+    teacher = build_teacher(cfg, len(data.classes), data.train[0].device)
     load(path, teacher)
-    teacher.eval().requires_grad_(False)        # for good: BatchNorm keeps its statistics
-    accuracy = measure(teacher, cfg, data, device)["accuracy"]
-    print(f"teacher: {cfg.teacher}, accuracy {accuracy:.1f} %, {path}", flush=True)
-    return teacher, Path(path)
-
-
-def load_imagenet(teacher: ResNetTeacher, name: str) -> None:
-    """torchvision's ImageNet weights into all but the classifier. Raises CIKDError."""
-    try:
-        weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False)
-    except Exception as error:
-        raise CIKDError(f"--pretrained-teacher: the weights of {name} could not be downloaded "
-                        f"({one_line(error)}); leave it out, or give --teacher-checkpoint") from None
-    teacher.load_state_dict(weights | {f"fc.{k}": v for k, v in teacher.fc.state_dict().items()})
-
-
-def check_same(folder: Path, facts: dict) -> None:
-    """Raises CIKDError if `folder` holds a run of other settings, images or teacher than `facts`."""
-    if not any((folder / file).exists() for file in ("last.pt", "student.pt", "teacher.pt")):
-        return
-    stored = json.loads((folder / "settings.json").read_text())
-    need(facts.keys() <= stored.keys(), f"{folder}: is of another version of cikd.py; use that, another "
-         "--run-name, or --overwrite to start again")
-    changed = [f"{name} {stored[name]} -> {facts[name]}" for name in facts if stored[name] != facts[name]]
-    need(not changed, f"{folder}: was begun with other settings: {', '.join(changed)[:300]}; use those, "
-         "another --run-name, or --overwrite to start again")
-
+    print(f"teacher: {path}, accuracy {evaluate(teacher, *data.test):.1f} %", flush=True)
+    return teacher.eval().requires_grad_(False), Path(path)     # BatchNorm keeps its statistics
 
 def train(cfg: Config, data: Data | None = None) -> dict:
-    """Train one model by `cfg`, its teacher first if need be, and keep all in the run's folder.
-
-    Goes on where an unfinished run of this name and these settings stopped; leaves a finished one as
-    it is. Returns dict(accuracy: percent, last epoch; epochs; minutes: of training; folder).
-    Raises CIKDError.
-    """
-    cfg, began = resolve(cfg), time.monotonic()
-    data, teaches = data or load_dataset(cfg), cfg.method == "teacher"
-    facts = {name: getattr(cfg, name) for name in (TEACHER_SETTINGS if teaches else RESULT_SETTINGS)}
-    facts |= dict(classes=data.classes, images=data.images_hash)
-    if teaches:                                 # named by all that its training depends on
-        key = hash_of(json.dumps(facts).encode())[:8]
-        name = cfg.run_name or safe_name(f"{data_name(cfg)}-{cfg.teacher}-{key}")
-        final = Path(cfg.output_dir) / "teachers" / name / "teacher.pt"
-    else:
-        final = Path(cfg.output_dir) / cfg.run_name / "student.pt"
-    if cfg.teacher_checkpoint and any(stage.ali or stage.logits for stage in METHODS[cfg.method]):
-        facts["teacher_hash"] = hash_of(Path(cfg.teacher_checkpoint).read_bytes())
-    if not cfg.overwrite:
-        check_same(final.parent, facts)
-    if cfg.overwrite or not final.exists():
-        train_model(cfg, data, final, facts)
-    rows = read_metrics(final.parent)
-    result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows), folder=str(final.parent),
+    """Train one model by `cfg`, its teacher first if need be; keep everything in the run's folder.
+    Goes on where an unfinished run of this name and these settings stopped, leaves a finished one.
+    Returns dict(accuracy: percent, last epoch; epochs; minutes: of training; folder). CIKDError."""
+    what, top = ("teacher", "teachers") if cfg.method == "teacher" else ("student", "")
+    name, cfg, teacher, path = default_name(cfg), resolve(cfg), None, None
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "mps" if torch.backends.mps.is_available() else auto
+    device, data = auto if cfg.device == "auto" else cfg.device, data or load_dataset(cfg)
+    data = data._replace(train=[t.to(device) for t in data.train],
+                         test=[t.to(device) for t in data.test])
+    if any(stage.ali or stage.logits for stage in METHODS[cfg.method]):
+        teacher, path = get_teacher(cfg, data)
+    names = TEACHER_SETTINGS if what == "teacher" else RESULT_SETTINGS
+    facts = {name: getattr(cfg, name) for name in names} | dict(
+        classes=data.classes, images=data.images_hash,
+        teacher_hash=path and hash_of(path.read_bytes()))
+    if what == "teacher":                       # named by all that its training depends on
+        name = f"{cfg.dataset}-{cfg.teacher}-{hash_of(json.dumps(facts).encode())[:8]}"
+    final = Path(cfg.output_dir, top, cfg.run_name or name, f"{what}.pt")
+    folder = final.parent
+    old = ("last.pt", "student*.pt", "teacher*.pt", "metrics.csv", "snapshots/*.pt") * cfg.overwrite
+    for file in [file for pattern in old for file in folder.glob(pattern)]:
+        file.unlink()                           # only now that all else is there
+    if final.exists() or (folder / "last.pt").exists():
+        stored = json.loads((folder / "settings.json").read_text())
+        changed = [f"{k} {stored.get(k)} -> {v}" for k, v in facts.items() if stored.get(k) != v]
+        need(not changed, f"{folder}: was begun with other settings: {', '.join(changed)[:300]}; "
+             "use those, another --run-name, or --overwrite to start again")
+    if not final.exists():
+        model = begin_run(cfg, data, final, facts | dict(
+            data_dir=cfg.data_dir, teacher_file=path and os.path.relpath(path, folder.parent)))
+        fit(model, teacher, cfg, data, final)
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows), folder=str(folder),
                   minutes=sum(float(row["seconds"]) for row in rows) / 60)
-    print(f"{cfg.method} on {data_name(cfg)}, seed {cfg.seed}: accuracy {result['accuracy']:.1f} % after "
-          f"{len(rows)} epochs ({(time.monotonic() - began) / 60:.1f} min); see {final.parent}", flush=True)
+    print(f"{cfg.method}, seed {cfg.seed}: accuracy {result['accuracy']:.1f} % after {len(rows)} "
+          f"epochs ({result['minutes']:.1f} min of training); see {folder}", flush=True)
     return result
 
-
-def train_model(cfg: Config, data: Data, final: Path, facts: dict) -> None:
-    """The body of `train`: device, teacher, model, files, epochs. `facts` become settings.json."""
-    folder, K, teacher, path = final.parent, len(data.classes), None, None
-    device = torch.device(cfg.device if cfg.device != "auto" else
-                          "cuda" if torch.cuda.is_available() else
-                          "mps" if torch.backends.mps.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")      # TF32
-        torch.cuda.empty_cache()                # what an earlier run of --compare left is free again
-    tensors = {name: t for name, t in data._asdict().items() if isinstance(t, torch.Tensor)}
-    size = sum(t.nbytes for t in tensors.values())
-    if device.type != "cuda" or size < torch.cuda.mem_get_info()[0] / 2:
-        data = data._replace(**{name: t.to(device) for name, t in tensors.items()})
-    if any(stage.ali or stage.logits for stage in METHODS[cfg.method]):
-        teacher, path = get_teacher(cfg, data, device)
-    facts["teacher_hash"] = hash_of(path.read_bytes()) if teacher else None
-    old = ["student*.tmp"]                      # left by a kill
-    if cfg.overwrite:
-        old += ["last.pt", "student*.pt", "teacher.pt", "metrics.csv", "snapshots/*.pt"]
-    else:
-        check_same(folder, facts)
-    for file in [file for name in old for file in folder.glob(name)]:
-        file.unlink()
+def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
+    """The model before training and, unless there is something to go on with, the first files."""
+    folder, n, K, device = final.parent, len(data.train[1]), len(data.classes), data.train[0].device
     seed_torch(cfg.seed, final.stem)
-    if final.stem == "teacher":
+    if cfg.method == "teacher":
         model = build_teacher(cfg, K, device)
-        if cfg.pretrained_teacher:
-            load_imagenet(model, cfg.teacher)
+        if cfg.pretrained_teacher:              # all but the classifier
+            state = torchvision.models.get_model_weights(cfg.teacher).DEFAULT.get_state_dict()
+            model.load_state_dict(state | {f"fc.{k}": t for k, t in model.fc.state_dict().items()})
     else:
         model = build_student(cfg, K).to(device)
-    if not (folder / "last.pt").exists():       # nothing is trained yet
-        save(folder / "settings.json", facts | dict(
-            data_dir=cfg.data_dir, teacher_file=path and os.path.relpath(path, folder.parent),
-            torch=torch.__version__, device=device.type))
+        for file in list(folder.glob("*.tmp")):         # left by a kill
+            file.unlink()
+    few = "; fewer than 10 steps an epoch: try a smaller --batch-size" * (n < 10 * cfg.batch_size)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {n} training and {len(data.test[1])} test images, {K} classes, "
+          f"{parameters:,} parameters, on {device}{few}", flush=True)
+    if not (folder / "last.pt").exists():
+        save(folder / "settings.json", facts | dict(torch=torch.__version__, device=device.type))
         save(folder / f"{final.stem}_init.pt", model.state_dict())
-    n, parameters = len(data.train_labels), sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {n} training and {len(data.test_labels)} test images, {K} classes, "
-          f"{parameters:,} parameters, on {device.type}", flush=True)
-    if n < 10 * cfg.batch_size:
-        print(f"only {max(1, n // cfg.batch_size)} steps an epoch: a smaller --batch-size usually "
-              "learns more from so few images", flush=True)
-    fit(model, teacher, cfg, data, final, device)
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """metrics.csv of a run: for each epoch {column: text}."""
-    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-
+    return model
 
 def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Config]:
     """A finished run's student in evaluation mode, its classes and settings. Raises CIKDError."""
     folder = Path(folder).expanduser()
-    need((folder / "student.pt").exists(), f"{folder}: holds no finished run; the command that began "
-         "it goes on")
     facts = json.loads((folder / "settings.json").read_text())
-    need({*RESULT_SETTINGS, "classes", "images"} <= facts.keys(),
-         f"{folder}: is of another version of cikd.py; use that, or train again")
+    need({*RESULT_SETTINGS, "classes", "teacher_hash"} <= facts.keys(),
+         f"{folder}: is of another version of cikd.py; use that, or train again with --overwrite")
     cfg = Config(**{f.name: facts[f.name] for f in fields(Config) if f.name in facts})
-    student = build_student(cfg, len(facts["classes"]))
+    student = build_student(cfg, len(facts["classes"])).eval()
     load(folder / "student.pt", student)
-    return student.eval(), facts["classes"], cfg
+    return student, facts["classes"], cfg
 
 
 # %% 9. Command line
 def train_many(cfg: Config) -> list[dict]:
-    """--compare, --seeds: each method with each seed, in one table. What is finished stays as it is."""
+    """--compare, --seeds: each method with each seed, in one table. Finished ones stay."""
     results, data = [], load_dataset(resolve(cfg))
     methods = [name for name in METHODS if name != "teacher"] if cfg.compare else [cfg.method]
     for seed in cfg.seeds or [cfg.seed]:
         for method in methods:
-            one = replace(cfg, method=method, seed=seed, seeds=None, compare=False)
+            name = cfg.run_name and f"{cfg.run_name}-{method}-seed{seed}"
+            one = replace(cfg, method=method, seed=seed, seeds=None, compare=False, run_name=name)
             results.append(dict(method=method, seed=seed) | train(one, data))
     name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds"))
-    path = Path(cfg.output_dir) / name / "comparison.csv"
+    path = Path(results[0]["folder"]).parent / (cfg.run_name or name) / "comparison.csv"
     save(path, results)
-    print(f"\n{'method':8}  accuracy (%)  seeds  minutes")
+    print("\nmethod    accuracy (%)  seeds  minutes")
     for method in methods:
         values = [r["accuracy"] for r in results if r["method"] == method]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         minutes = statistics.mean(r["minutes"] for r in results if r["method"] == method)
-        print(f"{method:8}  {f'{statistics.mean(values):.1f}{spread}':12}  {len(values):5}  {minutes:7.1f}")
+        accuracy = f"{statistics.mean(values):.1f}{spread}"
+        print(f"{method:8}  {accuracy:12}  {len(values):5}  {minutes:7.1f}")
     print(f"see {path}", flush=True)
     return results
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                   # one line, not a page of usage
-        raise CIKDError(f"{message} (python {self.prog} --help lists all that can be given)")
-
-
-def make_parser() -> Parser:
+def make_parser() -> argparse.ArgumentParser:
     """The command line, generated from Config. It yields only what was given."""
-    lines = "\n".join("".join(f"{cell!s:>15}" for cell in row)
-                      for row in [["", *SMALL], *([name, *(row[key] for key in SMALL)]
-                                                  for name, row in DATASETS.items())])
-    parser = Parser(prog="cikd.py", usage="python cikd.py [--SETTING VALUE ...]", allow_abbrev=False,
-                    description=__doc__.split("\n")[0], epilog=f"defaults of each data set:\n{lines}",
-                    argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {"int": int, "float": float, "str": str}
+    rows = [["", *SMALL], *([name, *(row[key] for key in SMALL)] for name, row in DATASETS.items())]
+    table = "\n".join("".join(f"{cell!s:>15}" for cell in row) for row in rows)
+    parser = argparse.ArgumentParser(
+        "cikd.py", "python cikd.py [--SETTING VALUE ...]", allow_abbrev=False,
+        epilog=f"defaults of each data set:\n{table}", argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        kind, choices = f.type.removesuffix(" | None"), list(f.metadata["choices"]) or None
-        how = dict(action="store_true") if kind == "bool" else dict(
-            type=kinds.get(kind, int), nargs="+" if kind not in kinds else None, choices=choices,
-            metavar="|".join(choices) if choices else kind.split("[")[0].upper())
-        default = "" if f.default is None or f.default is False else f" [{f.default}]"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + default, **how)
+        option, choices = "--" + f.name.replace("_", "-"), f.metadata["choices"]
+        if f.type == "bool":
+            parser.add_argument(option, help=f.metadata["help"], action="store_true")
+        else:
+            help = f.metadata["help"] + ("" if f.default is None else f" [{f.default}]")
+            parser.add_argument(option, help=help, type=dict(float=float, str=str).get(f.type, int),
+                                choices=choices or None, metavar="|".join(choices) or "VALUE",
+                                nargs="+" if f.type == "tuple" else None)
     return parser
 
-
 def run_command(prog: str, body) -> int:
-    """Run body(); an error the user can mend becomes one line. Returns the exit code: 0, 2, or 130."""
+    """Run body(); what the user can mend becomes one line. Returns the exit code: 0, 2 or 130."""
     try:
         body()
     except KeyboardInterrupt:
         print("\nstopped; the same command (without --overwrite) goes on", flush=True)
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
-        message = one_line(error)
-        if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
+        message, DynamoError = one_line(error), torch._dynamo.exc.TorchDynamoException
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = "out of memory; use a smaller --batch-size, --image-size or --train-size"
-        elif isinstance(error, torch._dynamo.exc.TorchDynamoException) or "torch.compile is" in message:
+        elif isinstance(error, DynamoError) or "torch.compile" in message:
             message = f"--compile: torch.compile failed ({message[:150]} ...); use --compile off"
         elif isinstance(error, RuntimeError):
             raise                               # ours to mend: keep the traceback
@@ -1181,18 +980,17 @@ def run_command(prog: str, body) -> int:
         return 2
     return 0
 
-
 def main(argv: list[str] | None = None) -> int:
     def body():
-        given = vars(make_parser().parse_args(argv))
+        parser = make_parser()
+        parser.error = lambda message: need(False, f"{message} (python cikd.py --help lists all)")
+        given = vars(parser.parse_args(argv))
         for one, other in (("compare", "method"), ("seeds", "seed")):
-            need(not {one, other} <= given.keys(), f"--{one}: contradicts --{other}; give one of them")
+            need(not {one, other} <= given.keys(), f"--{one}: contradicts --{other}; give one")
         cfg = Config(**given)
         (train_many if cfg.compare or cfg.seeds else train)(cfg)
-
     socket.setdefaulttimeout(20)                # seconds until a silent download is given up
     return run_command("cikd", body)
-
 
 if __name__ == "__main__":
     if hasattr(sys, "ps1") and not sys.argv[0].endswith("cikd.py"):         # cells run one by one
