@@ -15,7 +15,7 @@ Paper: "Patient teacher can impart locality to improve lightweight vision transf
 dataset", Pattern Recognition, 2025. Its public code distils a ViT-B. Our teacher is a ResNet, which
 has no queries and keys: its attention map is a *surrogate* (section 3).
 
-Sections 1 to 5 are the method and stand alone: of what follows they know only settings, by name.
+Sections 1 to 5 are the method and stand alone: they use nothing below but settings, by name.
 Sections 6 to 9 run it: settings, data, training, command line. Symbols in the shape comments:
   B batch, S image side, N patches (a g x g grid), D width, H heads, d = D/H, C channels, K classes
 """
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))          # [B, N+1, H, d] -> [B, N+1, D]
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then MLP, each added to its input."""
+    """Pre-norm transformer block on x [B, N+1, D] and its qkv, attn.project(norm1(x))."""
     def __init__(self, width: int, heads: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -91,7 +91,7 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     wave = torch.cat([angle.sin(), angle.cos()], 1)                         # [g, D/2]
     x, y = wave.expand(grid, grid, -1), wave[:, None].expand(grid, grid, -1)    # each [g, g, D/2]
     patches = torch.cat([x, y], 2).flatten(0, 1)                            # [g, g, D] -> [N, D]
-    return torch.cat([torch.zeros(1, width), patches])[None]    # [1, N+1, D]; CLS is nowhere: 0
+    return torch.cat([torch.zeros(1, width), patches])[None]                # [1, N+1, D]; CLS: 0
 
 STUDENTS = {"vit_tiny": dict(depth=12, width=192, heads=3),     # the paper's width and depth
             "vit_micro": dict(depth=6, width=64, heads=4)}      # ours, for a CPU
@@ -203,8 +203,8 @@ def relation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torch.Tensor:
     """ALI of a student block, q, k, v each [B, H, N+1, d], and a teacher layer's maps [B, H, N, N]:
-    KL(teacher || student), summed over keys and relations, averaged over images, heads and queries
-    (paper, where q-k imitates q-k and v-v imitates v-v; here both imitate the one surrogate)."""
+    KL(teacher || student), summed over keys and relations, averaged over images, heads and queries,
+    as in the paper. There q-k imitates q-k, v-v imitates v-v; here both imitate one surrogate."""
     q, k, v = (t[:, :, 1:] for t in qkv)                            # patches only: no CLS in a CNN
     sides = {"qk": (q, k), "vv": (v, v)}
     entropy = -torch.xlogy(target, target).sum(-1).mean()           # KL is cross-entropy minus this
@@ -221,9 +221,9 @@ def color_jitter(images: torch.Tensor, strength: float) -> torch.Tensor:
 
 # %% 4. Stage 2, LM: logit mimicking
 def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.0) -> torch.Tensor:
-    """Decoupled knowledge distillation (Zhao 2022) of logits [B, K], labels [B]: T² (alpha TCKD +
-    beta NCKD), mean over the batch. All in log space, so that neither loss nor gradient overflows
-    however sure the models are: log p_y is a log-softmax, log(1 - p_y) a logsumexp of the rest."""
+    """Decoupled knowledge distillation (Zhao 2022) of logits [B, K], labels [B], batch mean:
+    T² (alpha TCKD + beta NCKD). TCKD: the label against the rest; NCKD: the rest among themselves.
+    In log space, so that no gradient overflows: log(1 - p_y) is a logsumexp of the rest."""
     def split(z):   # -> log b [B, 2] = (log p_y, log(1 - p_y)), log r [B, K-1] of the other classes
         z = (z if z.dtype == torch.float64 else z.float()) / temperature
         column = torch.arange(z.shape[1] - 1, device=z.device)
@@ -250,7 +250,7 @@ class Stage(NamedTuple):
     name: str
     ali: bool        # imitate the teacher's attention surrogate
     labels: bool     # learn the labels
-    logits: bool     # learn the teacher's logits (with the labels, always)
+    logits: bool     # learn the teacher's logits
 
 ALI = Stage("ALI", ali=True, labels=False, logits=False)
 LM = Stage("LM", ali=False, labels=True, logits=True)
@@ -278,11 +278,11 @@ def parse_pairs(pairs: str, student: str) -> list[tuple[int, int]]:
 def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epoch) -> tuple:
     """One step's loss and, for the log, its terms [3]: ALI, CE, DKD. `model` is who learns; view:
     float [B, 3, S, S] in [-1, 1], the same crop for model and teacher; labels [B], not looked at in
-    ALI; stage_epoch: the stage's epochs so far (a tensor: each number would be compiled anew)."""
+    ALI; stage_epoch: epochs of this stage before this one, a tensor so that it compiles once."""
     teacher_logits, pairs = None, parse_pairs(cfg.pairs, cfg.student) if stage.ali else []
     ali = lm = ce = dkd = view.new_zeros(())            # what a stage does not learn stays 0
     if stage.ali or stage.logits:
-        with torch.no_grad():                           # in ALI no layer above the last one needed
+        with torch.no_grad():                           # in ALI only up to the last layer needed
             teacher_logits, features = teacher.forward_taps(
                 view, [layer for _, layer in pairs], classify=stage.logits)
     if stage.ali and not stage.labels:                  # stage 1: in other colours than the teacher
@@ -330,18 +330,17 @@ def setting(default, help: str, low=None, high=math.inf, choices=()):
 
 @dataclass
 class Config:
-    """Every setting. None: from the data set's row, or as the help says in brackets. "paper": its
-    abstract or public code; "ablation": no other value tried did better by more than chance."""
+    """Every setting. None: from the data set's row, or as the help says in brackets."""
     dataset: str = setting("shapes", "images to learn from", choices=DATASETS)
-    method: str = setting("cikd", "cikd (paper), scratch (labels only), kd (LM all along), joint "
-                          "(both all along) or teacher (the ResNet alone)", choices=METHODS)
-    compare: bool = setting(False, "run these four methods; prints a table, keeps comparison.csv")
-    seed: int = setting(0, "of the student, the order of images and the crops", 0)
+    method: str = setting("cikd", "scratch: labels only; kd: LM all along; joint: both all along; "
+                          "teacher: the ResNet, by --teacher-epochs, --data-seed", choices=METHODS)
+    compare: bool = setting(False, "run all but teacher; prints a table, keeps comparison.csv")
+    seed: int = setting(0, "of the student, the order of images and the crops", 0, 1e9)
     seeds: tuple = setting(None, "repeat with each of these; mean and standard deviation", 0)
     data_dir: str = setting("data", "for folder: DIR/{train,test|val|valid}/CLASS/*.png, .jpg, ...")
     train_size: int = setting(None, "use only so many training images, class-balanced", 2)
     holdout: int = setting(None, "test on so many training images, left out: to choose settings", 2)
-    data_seed: int = setting(0, "of shapes, both subsets and the teacher: what runs share", 0)
+    data_seed: int = setting(0, "of shapes, both subsets and the teacher: what runs share", 0, 1e9)
     image_size: int = setting(None, "side of the square images, pixels", 16, 1024)
     patch_size: int = setting(None, "side of a patch, pixels", 1)
     crop: str = setting(None, "pad: shifts by up to 1/8 (ours), resized: random area and aspect "
@@ -352,12 +351,12 @@ class Config:
     drop_path: float = setting(0.1, "stochastic depth of the last block (paper: middle)", 0, 0.9)
     teacher: str = setting(None, "ResNet (ours) [resnet18; vit_micro resnet20]", choices=TEACHERS)
     teacher_epochs: int = setting(None, "epochs of the teacher's own training (ours)", 1)
-    teacher_checkpoint: str = setting(None, "your own, a state dict for --teacher")
+    teacher_checkpoint: str = setting(None, "your own --teacher, of images in [-1, 1]")
     pretrained_teacher: bool = setting(False, "start resnet18/34 from ImageNet weights: extra data")
     ali_epochs: int = setting(None, "epochs before the switch (paper: half; a third: ablation)", 1)
     tau: float = setting(0.2, "temperature of the teacher's attention surrogate (ablation)", 1e-3)
     relations: str = setting("qk+vv", "what imitates it (paper)", choices=("qk", "vv", "qk+vv"))
-    pairs: str = setting("0:1,last:2", "student block, from 0:teacher layer, from 1 (ablation)")
+    pairs: str = setting("0:1,last:2", "BLOCK:LAYER,... from 0 and from 1 (paper, ablation)")
     dkd_alpha: float = setting(1.0, "weight of TCKD, the label against the rest (paper)", 0)
     dkd_beta: float = setting(4.0, "weight of NCKD, the other classes among themselves (paper)", 0)
     dkd_temperature: float = setting(1.0, "softens both sets of logits in DKD (paper)", 0.01)
@@ -375,7 +374,7 @@ class Config:
     overwrite: bool = setting(False, "start again where a run of this name lies")
 
 RUN_SETTINGS = ("compare", "seeds", "data_dir", "output_dir", "run_name", "snapshot_every",
-                "device", "compile", "overwrite")       # do not change the result; all others can
+                "device", "compile", "overwrite")       # where and how; all others: what
 RESULT_SETTINGS = [f.name for f in fields(Config) if f.name not in RUN_SETTINGS]
 TEACHER_SETTINGS = ["dataset", "data_seed", "image_size", "crop", "teacher", "teacher_epochs",
                     "pretrained_teacher", "batch_size", "lr", "warmup"]     # ... the teacher
@@ -404,17 +403,19 @@ def resolve(cfg: Config) -> Config:
     side, patch, width = cfg.image_size, cfg.patch_size, STUDENTS[cfg.student]["width"]
     need(side % patch == 0 and side > patch,
          f"--patch-size: {patch} does not cut --image-size {side} evenly, into 2 x 2 or more")
-    need(width % cfg.heads == 0, f"--heads: {cfg.heads} does not divide the width, {width}")
+    need(width % cfg.heads == 0 and cfg.heads <= TEACHERS[cfg.teacher][1],
+         f"--heads: {cfg.heads} does not divide {width} or is above the teacher's layer1 channels")
     need(cfg.ali_epochs < cfg.epochs or cfg.method != "cikd" and not cfg.compare,
          f"--epochs: {cfg.epochs} must be above --ali-epochs, {cfg.ali_epochs}: LM comes after it")
     need(not cfg.teacher_checkpoint or os.path.isfile(cfg.teacher_checkpoint),
          f"--teacher-checkpoint: there is no file {cfg.teacher_checkpoint}")
-    need(not cfg.pretrained_teacher or cfg.teacher in ("resnet18", "resnet34") and side > 64,
-         "--pretrained-teacher: fits --teacher resnet18 or resnet34 and --image-size above 64 only")
-    need(cfg.device in ("auto", "cpu") or getattr(torch.backends, cfg.device).is_available(),
-         f"--device: torch finds no {cfg.device} here; use cpu or auto")
+    fits = cfg.teacher in ("resnet18", "resnet34") and side > 64 and not cfg.teacher_checkpoint
+    need(fits or not cfg.pretrained_teacher, "--pretrained-teacher: fits --teacher resnet18 or "
+         "resnet34 and --image-size above 64 only, and no --teacher-checkpoint")
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    need(there.get(cfg.device, True), f"--device: torch finds no {cfg.device}; use cpu or auto")
     depth, layers = STUDENTS[cfg.student]["depth"], len(TEACHERS[cfg.teacher][0])
-    need(re.fullmatch(r"((\d{1,3}|last):\d{1,3}(,|$))+", cfg.pairs) and
+    need(re.fullmatch(r"((\d{1,3}|last):\d{1,3}(,(?!$)|$))+", cfg.pairs) and
          all(b < depth and 1 <= t <= layers for b, t in parse_pairs(cfg.pairs, cfg.student)),
          f"--pairs: {cfg.pairs!r} is not BLOCK:LAYER,BLOCK:LAYER,... with blocks from 0 to "
          f"{depth - 1}, or last, and layers from 1 to {layers}")
@@ -443,7 +444,6 @@ class Data(NamedTuple):
 
 FORMS = "disc", "triangle", "square", "star", "flower"
 SHAPES = [*FORMS, *(f"hollow {form}" for form in FORMS)]
-
 def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """n images of the ten SHAPES, uint8 [n, 3, size, size], and labels [n]: a demonstration only.
     Random colour, place, size and modest turn, over a coloured, noisy ground, under a thin line."""
@@ -611,12 +611,12 @@ def load_dataset(cfg: Config) -> Data:
         read = read_folder if cfg.dataset == "folder" else read_published
         train = read(cfg, test=False)
         test = train if cfg.holdout else read(cfg, test=True)
-    (images, labels, classes), test = train, test[:2]
-    n, held, order = len(labels), cfg.holdout or 0, balanced_order(labels, cfg.data_seed)
-    size = cfg.train_size or n - held
+    (images, labels, classes), test, held = train, test[:2], cfg.holdout or 0
+    n, size = len(labels), cfg.train_size or len(labels) - held
+    order = balanced_order(labels, cfg.data_seed) if size < n else torch.arange(n)
     cuts = [order[:held], order[held:held + size]]
-    need(len(classes) > 1 and held + size <= n and
-         all(len(labels[cut].unique()) == len(classes) for cut in cuts if len(cut)),
+    need(len(classes) > 1 and 0 < size <= n - held and
+         all(len(labels[cut].unique()) == len(classes) for cut in cuts if 0 < len(cut) < n),
          f"--train-size, --holdout: {n} images of {len(classes)} classes cannot give {size} to "
          f"train on and {held} to hold out, with two classes or more and all of them in both parts")
     if held:
@@ -803,13 +803,13 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
         seconds, weights = time.monotonic() - start, model.state_dict()
         need(log.isfinite().all() and all(t.isfinite().all() for t in weights.values()),
              f"{stage.name}, epoch {epoch + 1}: the loss or a weight is not finite; {folder} keeps "
-             "the epoch before; a smaller --lr usually helps")
-        if final.exists():                      # another job wanted the same teacher and was faster
-            return
+             "the epoch before; a smaller --lr (of a teacher: --method teacher --lr) usually helps")
         loss, ali, ce, dkd = log.mean(0).tolist()
         rows.append(dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
                          lr=group["lr"], **measure(model, cfg, data), seconds=seconds,
                          images_per_second=len(log) * len(view) / seconds))
+        if final.exists():                      # another job wanted the same teacher and was faster
+            return
         if epoch == begin + length - 1 < cfg.epochs - 1:            # the switch comes next
             save(folder / f"student_{stage.name.lower()}.pt", weights)
         if cfg.snapshot_every and (epoch + 1) % cfg.snapshot_every == 0:
@@ -820,8 +820,8 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
         left = (time.monotonic() - began) / (epoch + 1 - first) * (cfg.epochs - epoch - 1) / 60
         shown = "  ".join(f"{k} {v:.4g}" for k, v in list(rows[-1].items())[2:] if v)
         status(f"{stage.name:7} {epoch + 1:3}/{cfg.epochs}  {shown}  {left:.0f} min left")
-    save(final, model.state_dict())
-    (folder / "last.pt").unlink(missing_ok=True)
+    if not final.exists():
+        save(final, model.state_dict())
 
 def build_student(cfg: Config, num_classes: int) -> VisionTransformer:
     shape = STUDENTS[cfg.student] | dict(heads=cfg.heads, drop_path=cfg.drop_path)
@@ -866,7 +866,7 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         name = f"{cfg.dataset}-{cfg.teacher}-{hash_of(json.dumps(facts).encode())[:8]}"
     final = Path(cfg.output_dir, top, cfg.run_name or name, f"{what}.pt")
     folder = final.parent
-    old = ("last.pt", "student*.pt", "teacher*.pt", "metrics.csv", "snapshots/*.pt") * cfg.overwrite
+    old = ("last.pt", f"{what}*.pt", "metrics.csv", "snapshots/*.pt") * cfg.overwrite
     for file in [file for pattern in old for file in folder.glob(pattern)]:
         file.unlink()                           # only now that all else is there
     if final.exists() or (folder / "last.pt").exists():
@@ -878,6 +878,7 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         model = begin_run(cfg, data, final, facts | dict(
             data_dir=cfg.data_dir, teacher_file=path and os.path.relpath(path, folder.parent)))
         fit(model, teacher, cfg, data, final)
+    (folder / "last.pt").unlink(missing_ok=True)
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows), folder=str(folder),
                   minutes=sum(float(row["seconds"]) for row in rows) / 60)
@@ -899,9 +900,8 @@ def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
         for file in list(folder.glob("*.tmp")):         # left by a kill
             file.unlink()
     few = "; fewer than 10 steps an epoch: try a smaller --batch-size" * (n < 10 * cfg.batch_size)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{folder}: {n} training and {len(data.test[1])} test images, {K} classes, "
-          f"{parameters:,} parameters, on {device}{few}", flush=True)
+    print(f"{folder}: {n} training and {len(data.test[1])} test images, {K} classes, on {device}{few}",
+          flush=True)
     if not (folder / "last.pt").exists():
         save(folder / "settings.json", facts | dict(torch=torch.__version__, device=device.type))
         save(folder / f"{final.stem}_init.pt", model.state_dict())
@@ -948,8 +948,10 @@ def make_parser() -> argparse.ArgumentParser:
     table = "\n".join("".join(f"{cell!s:>15}" for cell in row) for row in rows)
     parser = argparse.ArgumentParser(
         "cikd.py", "python cikd.py [--SETTING VALUE ...]", allow_abbrev=False,
-        epilog=f"defaults of each data set:\n{table}", argument_default=argparse.SUPPRESS,
+        epilog="paper: its abstract or code; ablation: no other value did better by more than chance"
+        f"\n\ndefaults of each data set:\n{table}", argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: need(False, f"{message} (python cikd.py --help lists all)")
     for f in fields(Config):
         option, choices = "--" + f.name.replace("_", "-"), f.metadata["choices"]
         if f.type == "bool":
@@ -982,9 +984,7 @@ def run_command(prog: str, body) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     def body():
-        parser = make_parser()
-        parser.error = lambda message: need(False, f"{message} (python cikd.py --help lists all)")
-        given = vars(parser.parse_args(argv))
+        given = vars(make_parser().parse_args(argv))
         for one, other in (("compare", "method"), ("seeds", "seed")):
             need(not {one, other} <= given.keys(), f"--{one}: contradicts --{other}; give one")
         cfg = Config(**given)

@@ -64,7 +64,7 @@ def newest_run(output_dir: str | Path = "runs") -> Path:
 def load_run(folder: str | Path) -> Run:
     """A finished run's models, rebuilt from its settings. Raises CIKDError."""
     last, classes, cfg = cikd.load_student(folder)
-    folder, students, teacher = Path(folder).expanduser(), {}, None
+    folder, students, teacher = Path(folder).expanduser().absolute(), {}, None
     for file, name in {"student_init": "before training", "student_ali": "after ALI"}.items():
         if (folder / f"{file}.pt").exists():
             students[name] = cikd.build_student(cfg, len(classes)).eval()
@@ -96,13 +96,13 @@ def run_images(run: Run, image: str | None, data_dir: str | None) -> tuple:
 def attention_kernels(maps: torch.Tensor) -> torch.Tensor:
     """Attention by offset from query to key (Cordonnier 2020): [..., N, N] -> [..., 2g-1, 2g-1].
     Summed over queries, divided by how many have a key at that offset; the centre is (0, 0)."""
-    grid = round(maps.shape[-1] ** 0.5)
-    place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))            # [N, 2]
-    offset = place - place[:, None] + grid - 1                                      # [N, N, 2]
-    offset = (offset @ torch.tensor([2 * grid - 1, 1])).flatten()                   # [N * N]
-    total = maps.new_zeros(*maps.shape[:-2], (2 * grid - 1) ** 2)
-    total = total.index_add(-1, offset, maps.flatten(-2))
-    return (total / offset.bincount()).unflatten(-1, (2 * grid - 1, 2 * grid - 1))
+    g = round(maps.shape[-1] ** 0.5)
+    total = maps.new_zeros(*maps.shape[:-2], 2 * g - 1, 2 * g - 1)
+    for query in range(g * g):
+        row, col = g - 1 - query // g, g - 1 - query % g        # the first key's offset
+        total[..., row:row + g, col:col + g] += maps[..., query, :].unflatten(-1, (g, g))
+    keys = g - torch.arange(1 - g, g).abs()                     # along one axis
+    return total / (keys[:, None] * keys)
 
 def summary(images: torch.Tensor, maps_of) -> dict[str, torch.Tensor]:
     """Means over images of maps_of(images) -> maps [n, H, N, N] block by block: distance (patches)
