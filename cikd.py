@@ -900,7 +900,7 @@ def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
         for file in list(folder.glob("*.tmp")):         # left by a kill
             file.unlink()
     few = "; fewer than 10 steps an epoch: try a smaller --batch-size" * (n < 10 * cfg.batch_size)
-    print(f"{folder}: {n} training and {len(data.test[1])} test images, {K} classes, on {device}{few}",
+    print(f"{folder}: {n} training, {len(data.test[1])} test images, {K} classes, on {device}{few}",
           flush=True)
     if not (folder / "last.pt").exists():
         save(folder / "settings.json", facts | dict(torch=torch.__version__, device=device.type))
@@ -948,7 +948,7 @@ def make_parser() -> argparse.ArgumentParser:
     table = "\n".join("".join(f"{cell!s:>15}" for cell in row) for row in rows)
     parser = argparse.ArgumentParser(
         "cikd.py", "python cikd.py [--SETTING VALUE ...]", allow_abbrev=False,
-        epilog="paper: its abstract or code; ablation: no other value did better by more than chance"
+        epilog="paper: its abstract or code; ablation: no other value did better beyond chance"
         f"\n\ndefaults of each data set:\n{table}", argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, f"{message} (python cikd.py --help lists all)")

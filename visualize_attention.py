@@ -235,7 +235,6 @@ def kernels(panels: dict[str, torch.Tensor], tile: float = 0.75) -> Figure:
               xticklabels=range(heads), yticks=(np.arange(blocks) + 0.5) * (side + 2) - 0.5,
               yticklabels=range(blocks))
         a.tick_params(length=0)
-        a.spines[:].set_visible(False)
     axes[0].set_ylabel("block")
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="min")
     bar.set_label(f"mean attention at this offset\n(uniform: {4 / (side + 1) ** 2:.3f})")
@@ -266,8 +265,7 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
         a.set_title(panels[name], fontsize=10)
         a.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         a.grid(alpha=0.3)
-    handles, labels = axes["accuracy"].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    figure.legend(*a.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle("The curriculum, epoch by epoch (dashed: the switch)", fontsize=12)
     draw(figure, path)
     return drawn
