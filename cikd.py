@@ -715,8 +715,7 @@ def autocast(device: torch.device):
 @torch.no_grad()
 def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size=500) -> float:
     """Top-1 accuracy, percent, in evaluation mode, on uint8 images [n, 3, S, S]."""
-    model.eval()
-    correct = 0
+    model, correct = model.eval(), 0
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
         with autocast(images.device):
             logits = model(to_float(x))                                     # [B, K]
@@ -837,9 +836,8 @@ def get_teacher(cfg: Config, data: Data) -> tuple[ResNetTeacher, Path]:
     """The frozen teacher and its file: the user's own, one trained before, or trained now."""
     path = cfg.teacher_checkpoint
     if not path:
-        alone = replace(cfg, method="teacher", lr=None, run_name=None, overwrite=False,
-                        snapshot_every=0)
-        path = Path(train(alone, data)["folder"]) / "teacher.pt"
+        own = dict(method="teacher", lr=None, run_name=None, overwrite=False, snapshot_every=0)
+        path = Path(train(replace(cfg, **own), data)["folder"]) / "teacher.pt"
     teacher = build_teacher(cfg, len(data.classes), data.train[0].device)
     load(path, teacher)
     print(f"teacher: {path}, accuracy {evaluate(teacher, *data.test):.1f} %", flush=True)
@@ -854,6 +852,8 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     auto = "mps" if torch.backends.mps.is_available() else auto
     device, data = auto if cfg.device == "auto" else cfg.device, data or load_dataset(cfg)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")          # TF32
     data = data._replace(train=[t.to(device) for t in data.train],
                          test=[t.to(device) for t in data.test])
     if any(stage.ali or stage.logits for stage in METHODS[cfg.method]):
@@ -971,13 +971,14 @@ def run_command(prog: str, body) -> int:
         print("\nstopped; the same command (without --overwrite) goes on", flush=True)
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
-        message, DynamoError = one_line(error), torch._dynamo.exc.TorchDynamoException
+        message = one_line(error)
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = "out of memory; use a smaller --batch-size, --image-size or --train-size"
-        elif isinstance(error, DynamoError) or "torch.compile" in message:
+        elif "torch._dynamo" in type(error).__module__ or "torch.compile" in message:
             message = f"--compile: torch.compile failed ({message[:150]} ...); use --compile off"
         elif isinstance(error, RuntimeError):
             raise                               # ours to mend: keep the traceback
+        status("", last=False)                  # clears an unfinished line
         print(f"{prog}: error: {message}", file=sys.stderr)
         return 2
     return 0
