@@ -140,12 +140,12 @@ def measure(runs: list[Run], images: torch.Tensor) -> tuple[list[dict], list[dic
         epoch = {"before training": None, "after ALI": run.cfg.ali_epochs - 1}.get(label, -1)
         accuracy = None if epoch is None else float(run.rows[epoch]["accuracy"])
         students.append(dict(label=label, color=color, accuracy=accuracy)
-                        | summary(images, lambda x, of=student: cikd.student_maps(of, x)))
-    maps = {"uniform": lambda x: [torch.full((len(x), 1, N, N), 1 / N)]}
+                        | summary(images, lambda x: cikd.student_maps(student, x)))
+    found = {"uniform": summary(images[:1], lambda _: [torch.full((1, 1, N, N), 1 / N)])}
     for layer in sorted({layer for _, layer in first.pairs}) if first.teacher else []:
-        maps[f"surrogate, layer{layer}"] = lambda x, at=layer: [surrogate_maps(first, x, at)]
-    return students, [dict(label=name, accuracy=None) | summary(images, maps_of)
-                      for name, maps_of in maps.items()]
+        maps = summary(images, lambda x: [surrogate_maps(first, x, layer)])
+        found[f"surrogate, layer{layer}"] = maps
+    return students, [dict(label=name, accuracy=None) | maps for name, maps in found.items()]
 
 def print_table(rows: list[dict]) -> None:
     print(f"{'':20} accuracy  on itself  distance (patches): mean, then each block")
@@ -157,7 +157,7 @@ def print_table(rows: list[dict]) -> None:
               f"{itself:8.1f} %  {row['distance'].mean():.2f}   {each}")
 
 
-# %% 3. Figures: each draws into a file and returns its numbers
+# %% 3. Figures
 def draw(figure: Figure, path: Path) -> None:
     memory = io.BytesIO()
     figure.savefig(memory, format="png")
