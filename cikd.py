@@ -9,6 +9,7 @@ look at neighbouring pixels first. CIKD lets a trained CNN teach it, the easy le
     python cikd.py                             # generated shapes, no download: minutes on two cores
     python cikd.py --dataset cifar10           # ViT-Tiny taught by ResNet-18: wants a GPU
     python cikd.py --compare --seeds 0 1 2     # scratch, kd, joint and cikd side by side
+    torchrun --nproc-per-node 4 cikd.py --dataset cifar10       # one student on four GPUs
     python cikd.py --help                      # every setting, its default and where it comes from
 
 Paper: "Patient teacher can impart locality to improve lightweight vision transformer on small
@@ -30,17 +31,21 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import statistics
 import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -48,8 +53,7 @@ from PIL import Image, ImageOps
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import StochasticDepth
 
-
-# %% 1. Student: ViT-Tiny, with timm's parameter names
+# %% 1. Student: ViT-Tiny, with timm's parameter names ---------------------------------------------
 class Attention(nn.Module):
     """Multi-head self-attention in two halves, because ALI wants what lies between: q, k and v."""
     def __init__(self, width: int, heads: int):
@@ -135,8 +139,7 @@ class VisionTransformer(nn.Module):
         """Images [B, 3, S, S] in [-1, 1] -> logits [B, K]."""
         return self.forward_taps(x)[0]
 
-
-# %% 2. Teacher: a ResNet from torchvision's blocks, with torchvision's parameter names
+# %% 2. Teacher: a ResNet from torchvision's blocks, with torchvision's parameter names ------------
 TEACHERS = {    # blocks of each layer, channels of layer1; each later layer has twice as many
     "resnet20": ((3, 3, 3), 16), "resnet56": ((9, 9, 9), 16),               # He 2016, section 4.2
     "resnet18": ((2, 2, 2, 2), 64), "resnet34": ((3, 4, 6, 3), 64),         # He 2016, table 1
@@ -182,8 +185,7 @@ class ResNetTeacher(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_taps(x)[0]
 
-
-# %% 3. Stage 1, ALI: attention locality imitation
+# %% 3. Stage 1, ALI: attention locality imitation -------------------------------------------------
 def teacher_attention(features: torch.Tensor, grid: int, heads: int, tau=0.2) -> torch.Tensor:
     """The teacher's attention surrogate (ours): [B, C, h, w] -> [B, H, N, N], rows sum to 1. Which
     patches look alike to the CNN? Bring the map to the patch grid, give each head a group of
@@ -218,8 +220,7 @@ def color_jitter(images: torch.Tensor, strength: float) -> torch.Tensor:
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, factors[1])
     return torch.lerp(images.mean(1, keepdim=True), images, factors[2]).clamp(0, 1) * 2 - 1
 
-
-# %% 4. Stage 2, LM: logit mimicking
+# %% 4. Stage 2, LM: logit mimicking ---------------------------------------------------------------
 def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.0) -> torch.Tensor:
     """Decoupled knowledge distillation (Zhao 2022) of logits [B, K], labels [B], batch mean:
     T² (alpha TCKD + beta NCKD). TCKD: the label against the rest; NCKD: the rest among themselves.
@@ -244,8 +245,7 @@ def lm_loss(logits, teacher_logits, labels, weight=1.0, **dkd) -> tuple[torch.Te
     mimic = dkd_loss(logits, teacher_logits, labels, **dkd)
     return ce + weight * mimic, ce, mimic
 
-
-# %% 5. Curriculum: which loss in which epoch
+# %% 5. Curriculum: which loss in which epoch ------------------------------------------------------
 class Stage(NamedTuple):
     name: str
     ali: bool        # imitate the teacher's attention surrogate
@@ -300,8 +300,7 @@ def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epo
     loss = ali + lm                                     # stage 1: ali; stage 2: lm; joint: both
     return loss, torch.stack([ali, ce, dkd]).detach()
 
-
-# %% 6. Settings
+# %% 6. Settings -----------------------------------------------------------------------------------
 class CIKDError(Exception):
     """Something the user can mend. `main` prints it as one line and exits with code 2."""
 
@@ -407,8 +406,6 @@ def resolve(cfg: Config) -> Config:
          f"--heads: {cfg.heads} does not divide {width} or is above the teacher's layer1 channels")
     need(cfg.ali_epochs < cfg.epochs or cfg.method != "cikd" and not cfg.compare,
          f"--epochs: {cfg.epochs} must be above --ali-epochs, {cfg.ali_epochs}: LM comes after it")
-    need(not cfg.teacher_checkpoint or os.path.isfile(cfg.teacher_checkpoint),
-         f"--teacher-checkpoint: there is no file {cfg.teacher_checkpoint}")
     fits = cfg.teacher in ("resnet18", "resnet34") and side > 64 and not cfg.teacher_checkpoint
     need(fits or not cfg.pretrained_teacher, "--pretrained-teacher: fits --teacher resnet18 or "
          "resnet34 and --image-size above 64 only, and no --teacher-checkpoint")
@@ -417,8 +414,8 @@ def resolve(cfg: Config) -> Config:
     depth, layers = STUDENTS[cfg.student]["depth"], len(TEACHERS[cfg.teacher][0])
     need(re.fullmatch(r"((\d{1,3}|last):\d{1,3}(,(?!$)|$))+", cfg.pairs) and
          all(b < depth and 1 <= t <= layers for b, t in parse_pairs(cfg.pairs, cfg.student)),
-         f"--pairs: {cfg.pairs!r} is not BLOCK:LAYER,BLOCK:LAYER,... with blocks from 0 to "
-         f"{depth - 1}, or last, and layers from 1 to {layers}")
+         f"--pairs: {cfg.pairs!r} is not BLOCK:LAYER,..., blocks 0 to {depth - 1} or last, layers "
+         f"1 to {layers}")
     return cfg
 
 def default_name(cfg: Config) -> str:
@@ -433,8 +430,7 @@ def default_name(cfg: Config) -> str:
 def hash_of(content) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
-
-# %% 7. Data: uint8 tensors on the training device, augmented a whole batch at a time
+# %% 7. Data: uint8 tensors on the training device, augmented a whole batch at a time --------------
 class Data(NamedTuple):
     """train and test: (images, uint8 [n, 3, S, S]; labels, int64 [n]); images_hash: of all four."""
     train: tuple[torch.Tensor, torch.Tensor]
@@ -490,15 +486,12 @@ def open_image(path: str | Path) -> Image.Image:
     """Read an image file whole and turn it upright (EXIF). Raises CIKDError with its name."""
     try:
         with Image.open(path) as image:
-            image.load()
+            image = ImageOps.exif_transpose(image)
     except Exception as error:                  # Pillow raises whatever a broken file leads to
         raise CIKDError(f"{path}: not a readable image ({one_line(error)})") from None
     need(image.mode[0] not in "IF", f"{path}: grey of more than 8 bits; convert it, from 16 for "
          "example by Image.fromarray((numpy.asarray(image) / 65535 * 255).astype('uint8'))")
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:                           # broken metadata is not a broken picture
-        return image
+    return image
 
 def prepare(image: Image.Image | str | Path, size: int) -> torch.Tensor:
     """A picture, or its file -> float [1, 3, size, size] in [-1, 1], ready for a model."""
@@ -557,8 +550,7 @@ def read_folder(cfg: Config, test: bool) -> tuple[torch.Tensor, torch.Tensor, li
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
 TRAIN_TEST = [dict(train=True)], [dict(train=False)]
 SPLITS = [dict(split="trainval")], [dict(split="test")]
-PUBLISHED = {   # torchvision's class, arguments of each part of training and test set, images in
-    # both (a half-extracted copy has fewer), what to get without a network, and where it belongs
+PUBLISHED = {   # torchvision's class, parts of training and test set, images, archive, its place
     "cifar10": ("CIFAR10", TRAIN_TEST, (50000, 10000),
                 "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
     "cifar100": ("CIFAR100", TRAIN_TEST, (50000, 10000),
@@ -588,10 +580,9 @@ def read_published(cfg: Config, test: bool) -> tuple[torch.Tensor, torch.Tensor,
         images, labels = decode(both.__getitem__, n, cfg.image_size,
                                 f"{cfg.dataset}, {'test' if test else 'train'}")
     except Exception as error:                  # torchvision raises whatever a broken copy leads to
-        raise CIKDError(
-            f"{cfg.dataset}: neither whole in {where} nor downloaded ({type(error).__name__}: "
-            f"{one_line(error)}); delete what is half extracted, get {archive}, put it into "
-            f"{where.joinpath(*place)} and run this again, or try --dataset shapes") from None
+        raise CIKDError(f"{cfg.dataset}: neither whole in {where} nor downloaded: "
+                        f"{one_line(error)}; delete what is half extracted, put {archive} into "
+                        f"{where.joinpath(*place)} and run again; or --dataset shapes") from None
     names = [c if isinstance(c, str) else c[0] for c in parts[0].classes]   # Imagenette: synonyms
     return images, labels, names
 
@@ -626,18 +617,15 @@ def load_dataset(cfg: Config) -> Data:
     hashes = [hash_of(part.contiguous().numpy()) for part in (images, labels, *test)]
     return Data((images, labels), test, classes, hash_of("".join(hashes).encode()))
 
-def draw_crops(n: int, size: int, kind: str) -> torch.Tensor | None:
-    """Random crop and flip of n images: (width, x, height, y) [n, 4], the whole image being
-    (1, 0, 1, 0) and x, y the crop's centre from -1 to 1. A negative width is a flip."""
-    if kind == "none":
-        return None
+def draw_crops(n: int, size: int, kind: str) -> torch.Tensor:
+    """Random crop and flip of n images: (width, x, height, y) [n, 4]; x, y: the crop's centre, from
+    -1 to 1. The whole image is (1, 0, 1, 0). A negative width is a flip."""
     flip = torch.randint(0, 2, (n,)) * 2.0 - 1
     if kind == "pad":                           # whole pixels, so nothing is blurred; grey comes in
         wide = high = torch.ones(n)
         shift = torch.randint(-(size // 8), size // 8 + 1, (2, n)) * 2 / size
     else:                                       # RandomResizedCrop without its retries
-        smallest = 0.2                          # of the image's area (paper's ALI; its LM: 0.08)
-        area = torch.rand(n) * (1 - smallest) + smallest
+        area = torch.rand(n) * 0.8 + 0.2        # of the image (0.2: paper's ALI; its LM: 0.08)
         ratio = torch.exp((torch.rand(n) * 2 - 1) * math.log(4 / 3))
         wide, high = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         shift = (torch.rand(2, n) * 2 - 1) * (1 - torch.stack([wide, high]))
@@ -655,19 +643,33 @@ def to_float(images: torch.Tensor, crops: torch.Tensor | None = None) -> torch.T
                         (high * place + y)[:, :, None].expand(B, S, S)], 3)     # [B, S, S, 2]
     return F.grid_sample(images, grid, align_corners=False)
 
-def batches(data: Data, cfg: Config):
-    """One epoch of (view, float [B, 3, S, S]; labels [B]). Order and crops are drawn at once, on
-    the CPU. A last partial batch is dropped unless it is the only one: all steps have one shape."""
+def batches(data: Data, cfg: Config, world: int = 1):
+    """One epoch of (view, float [B, 3, S, S]; labels [B]), of `world` processes this one's share.
+    Order and crops are drawn at once, on the CPU, alike in all. A last partial batch is dropped
+    unless it is the only one: all steps have one shape."""
     images, labels = data.train
     size = min(cfg.batch_size, len(labels))
     order = torch.randperm(len(labels))[: len(labels) // size * size].to(images.device)
-    crops = draw_crops(len(order), cfg.image_size, cfg.crop)
-    parts = [None] * (len(order) // size) if crops is None else crops.to(images.device).split(size)
-    for index, crop in zip(order.split(size), parts):
-        yield to_float(images[index], crop), labels[index]
+    crops = None
+    if cfg.crop != "none":
+        crops = draw_crops(len(order), cfg.image_size, cfg.crop).to(images.device)
+    if RANK:                                    # draws its own colours and depths from here on
+        torch.manual_seed(torch.initial_seed() + RANK)
+    for i in torch.arange(RANK, len(order), world, device=images.device).split(size // world):
+        view = to_float(images[order[i]], crops if crops is None else crops[i])
+        yield view, labels[order[i]]
 
+# %% 8. Training: teacher and student take the same path -------------------------------------------
+RANK, WORLD = 0, 1                      # this process and their number; several by torchrun only
+if dist.is_torchelastic_launched():
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-# %% 8. Training: teacher and student take the same path
+def average(tensors: list[torch.Tensor]) -> None:
+    """What DistributedDataParallel does: each tensor becomes its mean over the processes."""
+    flat = nn.utils.parameters_to_vector(tensors)               # one message instead of many
+    dist.all_reduce(flat)                                       # the sum, in every process
+    nn.utils.vector_to_parameters(flat / WORLD, tensors)
+
 def save(path: Path, content) -> None:
     """Write rows (.csv), values (.json), tensors (.pt) or bytes, as `path` ends: first beside it,
     then renamed, so that what bears its final name is whole. Raises CIKDError."""
@@ -682,7 +684,7 @@ def save(path: Path, content) -> None:
         memory.write(json.dumps(content, indent=1).encode())
     elif path.suffix == ".pt":
         torch.save(content, memory)
-    beside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")    # ours alone
+    beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(memory.getbuffer())
@@ -767,19 +769,19 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
     """Train student or teacher and write `final`. After each epoch metrics.csv and last.pt beside
     it are whole; the same call goes on there. CIKDError if a loss or weight is not finite."""
-    folder, device, rows, began = final.parent, data.train[0].device, [], time.monotonic()
+    folder, device, rows = final.parent, data.train[0].device, []
     compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
     loss_fn = torch.compile(step_loss, dynamic=False) if compiled else step_loss
     plan = [curriculum(cfg.method, epoch, cfg.ali_epochs) for epoch in range(cfg.epochs)]
     steps, optimizer = max(1, len(data.train[1]) // cfg.batch_size), make_optimizer(model, cfg)
+    world = 1 if cfg.method == "teacher" else WORLD     # BatchNorm wants the whole batch
     if (folder / "last.pt").exists():
         last = load(folder / "last.pt")
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         rows = last["rows"]
         print(f"going on after epoch {len(rows)} of {cfg.epochs}", flush=True)
-    first = len(rows)
-    for epoch in range(first, cfg.epochs):
+    for epoch in range(len(rows), cfg.epochs):
         stage = plan[epoch]
         begin, length = plan.index(stage), plan.count(stage)
         if epoch == begin:                      # the switch: a new stage has a new optimizer
@@ -787,28 +789,30 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
         seed_torch(cfg.seed, final.stem, epoch)
         model.train()
         stage_epoch, log, start = torch.tensor(epoch - begin, device=device), [], time.monotonic()
-        for step, (view, labels) in enumerate(batches(data, cfg), 1):
+        for step, (view, labels) in enumerate(batches(data, cfg, world), 1):
             progress = (epoch - begin + step / steps) / length
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress, cfg.lr, cfg.warmup)
             with autocast(device):
                 loss, terms = loss_fn(stage, cfg, model, teacher, view, labels, stage_epoch)
+            log.append(torch.cat([loss.detach().view(1), terms]))   # stays on the device
             optimizer.zero_grad()
             loss.backward()
+            if world > 1:                       # in ALI the head has no gradient, in any process
+                average([log[-1], *(p.grad for p in model.parameters() if p.grad is not None)])
             optimizer.step()
-            log.append(torch.cat([loss.detach().view(1), terms]))   # stays on the device
             status(f"{stage.name:7} {epoch + 1:3}/{cfg.epochs}  step {step}/{steps}", last=False)
         log = torch.stack(log).cpu().double()   # [steps, 4]; the epoch's only wait for the device
         seconds, weights = time.monotonic() - start, model.state_dict()
         need(log.isfinite().all() and all(t.isfinite().all() for t in weights.values()),
              f"{stage.name}, epoch {epoch + 1}: the loss or a weight is not finite; {folder} keeps "
              "the epoch before; a smaller --lr (of a teacher: --method teacher --lr) usually helps")
+        if RANK:                                # the first process alone measures and writes
+            continue
         loss, ali, ce, dkd = log.mean(0).tolist()
         rows.append(dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
                          lr=group["lr"], **measure(model, cfg, data), seconds=seconds,
-                         images_per_second=len(log) * len(view) / seconds))
-        if final.exists():                      # another job wanted the same teacher and was faster
-            return
+                         images_per_second=len(log) * len(view) * world / seconds))
         if epoch == begin + length - 1 < cfg.epochs - 1:            # the switch comes next
             save(folder / f"student_{stage.name.lower()}.pt", weights)
         if cfg.snapshot_every and (epoch + 1) % cfg.snapshot_every == 0:
@@ -816,10 +820,10 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
                  {name: t.half() for name, t in weights.items()})
         save(folder / "metrics.csv", rows)
         save(folder / "last.pt", dict(model=weights, optimizer=optimizer.state_dict(), rows=rows))
-        left = (time.monotonic() - began) / (epoch + 1 - first) * (cfg.epochs - epoch - 1) / 60
+        left = (time.monotonic() - start) * (cfg.epochs - epoch - 1) / 60
         shown = "  ".join(f"{k} {v:.4g}" for k, v in list(rows[-1].items())[2:] if v)
         status(f"{stage.name:7} {epoch + 1:3}/{cfg.epochs}  {shown}  {left:.0f} min left")
-    if not final.exists():
+    if RANK == 0:
         save(final, model.state_dict())
 
 def build_student(cfg: Config, num_classes: int) -> VisionTransformer:
@@ -836,7 +840,7 @@ def get_teacher(cfg: Config, data: Data) -> tuple[ResNetTeacher, Path]:
     """The frozen teacher and its file: the user's own, one trained before, or trained now."""
     path = cfg.teacher_checkpoint
     if not path:
-        own = dict(method="teacher", lr=None, run_name=None, overwrite=False, snapshot_every=0)
+        own = dict(method="teacher", lr=None, overwrite=False, snapshot_every=0)
         path = Path(train(replace(cfg, **own), data)["folder"]) / "teacher.pt"
     teacher = build_teacher(cfg, len(data.classes), data.train[0].device)
     load(path, teacher)
@@ -847,26 +851,30 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     """Train one model by `cfg`, its teacher first if need be; keep everything in the run's folder.
     Goes on where an unfinished run of this name and these settings stopped, leaves a finished one.
     Returns dict(accuracy: percent, last epoch; epochs; minutes: of training; folder). CIKDError."""
-    what, top = ("teacher", "teachers") if cfg.method == "teacher" else ("student", "")
-    name, cfg, teacher, path = default_name(cfg), resolve(cfg), None, None
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    auto = "mps" if torch.backends.mps.is_available() else auto
-    device, data = auto if cfg.device == "auto" else cfg.device, data or load_dataset(cfg)
+    what, world = ("teacher", 1) if cfg.method == "teacher" else ("student", WORLD)
+    cfg = resolve(replace(cfg, run_name=cfg.run_name or default_name(cfg)))
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device, data = str(here) if cfg.device == "auto" else cfg.device, data or load_dataset(cfg)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")          # TF32
     data = data._replace(train=[t.to(device) for t in data.train],
                          test=[t.to(device) for t in data.test])
-    if any(stage.ali or stage.logits for stage in METHODS[cfg.method]):
-        teacher, path = get_teacher(cfg, data)
+    size = min(cfg.batch_size, len(data.train[1]))
+    need(size % WORLD == 0, f"--batch-size: {WORLD} processes cannot share {size} images evenly")
+    taught = any(stage.ali or stage.logits for stage in METHODS[cfg.method])
+    teacher, path = get_teacher(cfg, data) if taught else (None, None)
     names = TEACHER_SETTINGS if what == "teacher" else RESULT_SETTINGS
     facts = {name: getattr(cfg, name) for name in names} | dict(
         classes=data.classes, images=data.images_hash,
         teacher_hash=path and hash_of(path.read_bytes()))
-    if what == "teacher":                       # named by all that its training depends on
-        name = f"{cfg.dataset}-{cfg.teacher}-{hash_of(json.dumps(facts).encode())[:8]}"
-    final = Path(cfg.output_dir, top, cfg.run_name or name, f"{what}.pt")
-    folder = final.parent
-    old = ("last.pt", f"{what}*.pt", "metrics.csv", "snapshots/*.pt") * cfg.overwrite
+    folder = home = Path(cfg.output_dir, cfg.run_name)
+    if what == "teacher":                       # home is named by all that its training depends on
+        key = hash_of(json.dumps(facts).encode())[:8]
+        folder = home = home.with_name("teachers") / f"{cfg.dataset}-{cfg.teacher}-{key}"
+        if not home.exists():                   # two jobs may want it: each trains its own, beside
+            folder = home.with_name(f"{home.name}.part-{hash_of(cfg.run_name.encode())[:8]}")
+    final = folder / f"{what}.pt"
+    old = ("last.pt", f"{what}*.pt", "metrics.csv", "snapshots/*.pt") * (cfg.overwrite and not RANK)
     for file in [file for pattern in old for file in folder.glob(pattern)]:
         file.unlink()                           # only now that all else is there
     if final.exists() or (folder / "last.pt").exists():
@@ -874,16 +882,26 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         changed = [f"{k} {stored.get(k)} -> {v}" for k, v in facts.items() if stored.get(k) != v]
         need(not changed, f"{folder}: was begun with other settings: {', '.join(changed)[:300]}; "
              "use those, another --run-name, or --overwrite to start again")
-    if not final.exists():
-        model = begin_run(cfg, data, final, facts | dict(
-            data_dir=cfg.data_dir, teacher_file=path and os.path.relpath(path, folder.parent)))
+    model = None if final.exists() else begin_run(cfg, data, final, facts | dict(
+        data_dir=cfg.data_dir, teacher_file=path and os.path.relpath(path, folder.parent)))
+    if world > 1 and RANK == 0:
+        dist.barrier()                          # now the others find all this and follow
+    if model:
         fit(model, teacher, cfg, data, final)
+    if world > 1:
+        dist.barrier()                          # until the first process has written all
+        dist.destroy_process_group()
     (folder / "last.pt").unlink(missing_ok=True)
-    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows), folder=str(folder),
+    if folder != home:
+        with suppress(OSError):                 # if another job was faster, its teacher counts
+            folder.rename(home)
+    rows = list(csv.DictReader((home / "metrics.csv").read_text().splitlines()))
+    if folder != home:
+        shutil.rmtree(folder, ignore_errors=True)
+    result = dict(accuracy=float(rows[-1]["accuracy"]), epochs=len(rows), folder=str(home),
                   minutes=sum(float(row["seconds"]) for row in rows) / 60)
     print(f"{cfg.method}, seed {cfg.seed}: accuracy {result['accuracy']:.1f} % after {len(rows)} "
-          f"epochs ({result['minutes']:.1f} min of training); see {folder}", flush=True)
+          f"epochs ({result['minutes']:.1f} min of training); see {home}", flush=True)
     return result
 
 def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
@@ -897,12 +915,10 @@ def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
             model.load_state_dict(state | {f"fc.{k}": t for k, t in model.fc.state_dict().items()})
     else:
         model = build_student(cfg, K).to(device)
-        for file in list(folder.glob("*.tmp")):         # left by a kill
-            file.unlink()
     few = "; fewer than 10 steps an epoch: try a smaller --batch-size" * (n < 10 * cfg.batch_size)
     print(f"{folder}: {n} training, {len(data.test[1])} test images, {K} classes, on {device}{few}",
           flush=True)
-    if not (folder / "last.pt").exists():
+    if RANK == 0 and not (folder / "last.pt").exists():
         save(folder / "settings.json", facts | dict(torch=torch.__version__, device=device.type))
         save(folder / f"{final.stem}_init.pt", model.state_dict())
     return model
@@ -918,8 +934,7 @@ def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Conf
     load(folder / "student.pt", student)
     return student, facts["classes"], cfg
 
-
-# %% 9. Command line
+# %% 9. Command line -------------------------------------------------------------------------------
 def train_many(cfg: Config) -> list[dict]:
     """--compare, --seeds: each method with each seed, in one table. Finished ones stay."""
     results, data = [], load_dataset(resolve(cfg))
@@ -963,6 +978,20 @@ def make_parser() -> argparse.ArgumentParser:
                                 nargs="+" if f.type == "tuple" else None)
     return parser
 
+def join_processes(cfg: Config) -> None:
+    """By torchrun: meet the other processes, one for each GPU. Only the first one prints."""
+    need(not (cfg.compare or cfg.seeds or cfg.method == "teacher"), "torchrun shares the batches "
+         "of one student: run --compare, --seeds and --method teacher by python")
+    gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
+    if gpus:
+        local = int(os.environ["LOCAL_RANK"])
+        need(local < gpus, f"torchrun: --nproc-per-node is above the {gpus} GPUs here")
+        torch.cuda.set_device(local)            # "cuda" is this one from here on
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(weeks=9))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+        dist.barrier()          # the first process goes ahead: download, teacher, first files
+
 def run_command(prog: str, body) -> int:
     """Run body(); what the user can mend becomes one line. Returns the exit code: 0, 2 or 130."""
     try:
@@ -971,6 +1000,8 @@ def run_command(prog: str, body) -> int:
         print("\nstopped; the same command (without --overwrite) goes on", flush=True)
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
+        if WORLD > 1:           # one line is enough: torchrun ends those who wait here
+            time.sleep(3 * (RANK + isinstance(error, RuntimeError)))
         message = one_line(error)
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = "out of memory; use a smaller --batch-size, --image-size or --train-size"
@@ -989,12 +1020,11 @@ def main(argv: list[str] | None = None) -> int:
         for one, other in (("compare", "method"), ("seeds", "seed")):
             need(not {one, other} <= given.keys(), f"--{one}: contradicts --{other}; give one")
         cfg = Config(**given)
+        if WORLD > 1:
+            join_processes(cfg)
         (train_many if cfg.compare or cfg.seeds else train)(cfg)
     socket.setdefaulttimeout(20)                # seconds until a silent download is given up
     return run_command("cikd", body)
 
-if __name__ == "__main__":
-    if hasattr(sys, "ps1") and not sys.argv[0].endswith("cikd.py"):         # cells run one by one
-        print('try: train(Config(dataset="shapes")), or main(["--dataset", "shapes"])')
-    else:
-        sys.exit(main())
+if __name__ == "__main__" and (not hasattr(sys, "ps1") or sys.argv[0].endswith("cikd.py")):
+    sys.exit(main())                            # but not where cells are run one by one

@@ -343,8 +343,5 @@ def main(argv: list[str] | None = None) -> int:
     add("--gif", action="store_true", help="also locality.gif; needs --snapshot-every")
     return cikd.run_command("visualize_attention", lambda: visualize(parser.parse_args(argv)))
 
-if __name__ == "__main__":
-    if hasattr(sys, "ps1") and not sys.argv[0].endswith("visualize_attention.py"):  # cell by cell
-        print('try: runs = [load_run(newest_run())], or main(["RUN"])')
-    else:
-        sys.exit(main())
+if __name__ == "__main__" and (not hasattr(sys, "ps1") or sys.argv[0].endswith("attention.py")):
+    sys.exit(main())                            # but not where cells are run one by one
