@@ -1233,7 +1233,8 @@ def test_every_option_file_and_link_in_the_readme_exists():
     known = {"help", "image", "index", "query", "block", "head", "gif",
              *(f.name for f in fields(cikd.Config))}
     options = re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)
-    gone = {"crop_scale", "teacher_maps", "layer_decay"}    # rows of results.csv name them
+    gone = {"crop_scale", "teacher_maps", "layer_decay",    # rows of results.csv name them
+            "nproc_per_node", "gpus", "array", "wrap"}      # torchrun's and Slurm's
     assert {option.replace("-", "_") for option in options} - known == gone
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert all((HERE / link).exists() for link in links if not link.startswith("http"))
