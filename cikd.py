@@ -916,8 +916,7 @@ def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
     else:
         model = build_student(cfg, K).to(device)
     few = "; fewer than 10 steps an epoch: try a smaller --batch-size" * (n < 10 * cfg.batch_size)
-    print(f"{folder}: {n} training, {len(data.test[1])} test images, {K} classes, on {device}{few}",
-          flush=True)
+    status(f"{folder}: {n} training, {len(data.test[1])} test images, {K} classes, {device}{few}")
     if RANK == 0 and not (folder / "last.pt").exists():
         save(folder / "settings.json", facts | dict(torch=torch.__version__, device=device.type))
         save(folder / f"{final.stem}_init.pt", model.state_dict())
@@ -947,13 +946,12 @@ def train_many(cfg: Config) -> list[dict]:
     name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds"))
     path = Path(results[0]["folder"]).parent / (cfg.run_name or name) / "comparison.csv"
     save(path, results)
-    print("\nmethod    accuracy (%)  seeds  minutes")
+    print("\nmethod    accuracy (%)  seeds")
     for method in methods:
         values = [r["accuracy"] for r in results if r["method"] == method]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        minutes = statistics.mean(r["minutes"] for r in results if r["method"] == method)
         accuracy = f"{statistics.mean(values):.1f}{spread}"
-        print(f"{method:8}  {accuracy:12}  {len(values):5}  {minutes:7.1f}")
+        print(f"{method:8}  {accuracy:12}  {len(values):5}")
     print(f"see {path}", flush=True)
     return results
 
@@ -1023,6 +1021,8 @@ def main(argv: list[str] | None = None) -> int:
         if WORLD > 1:
             join_processes(cfg)
         (train_many if cfg.compare or cfg.seeds else train)(cfg)
+        if not given:
+            print("next: python visualize_attention.py, and: python cikd.py --compare")
     socket.setdefaulttimeout(20)                # seconds until a silent download is given up
     return run_command("cikd", body)
 

@@ -1122,7 +1122,7 @@ def test_compare_makes_a_table_and_runs_nothing_twice(tmp_path, capsys):
     for method in methods:
         values = [float(r["accuracy"]) for r in rows if r["method"] == method]
         mean = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-        assert re.search(rf"^{method}\s+{mean}\s+2 ", out, re.M)
+        assert re.search(rf"^{method}\s+{mean}\s+2$", out, re.M)
     files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
     assert cikd.main(args) == 0
     assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
@@ -1167,21 +1167,26 @@ def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     assert va.main([*map(str, runs), "--output-dir", str(tmp_path), "--gif"]) == 0
     table = capsys.readouterr().out
     assert re.search(r"uniform +1\.6 % +4\.14", table) and "after ALI" in table
-    for name, frames in dict(heatmaps=1, distance=1, kernels=1, curriculum=1, locality=4).items():
+    for name, frames in dict(summary=1, heatmaps=1, distance=1, kernels=1, curriculum=1,
+                             locality=4).items():
         picture = Image.open(next(tmp_path.glob(f"{name}.*")))
         assert getattr(picture, "n_frames", 1) == frames
         assert np.asarray(picture.convert("L")).std() > 10, name            # not blank
     loaded = [va.load_run(r) for r in (runs[1], runs[0])]
     images, labels = va.run_images(loaded[0], None, None)
     x, path = cikd.to_float(images[:3]), tmp_path / "x.png"
-    columns = va.heatmaps(loaded, images[:3], labels[:3], path, (2, 5), 5)
-    assert len(columns) == 5 and all(
+    columns = va.heatmaps(loaded, images[:3], labels[:3], path, 2 * 8 + 5, 5)
+    assert list(columns) == ["surrogate, layer2", "after ALI", "after LM", "scratch"] and all(
         torch.allclose(maps.sum((1, 2)), torch.ones(3), atol=1e-4) for maps in columns.values())
     maps = list(cikd.student_maps(loaded[0].students["after LM"], x))[5].mean(1)
-    assert torch.allclose(columns["student\nafter LM"].flatten(1), maps[:, 2 * 8 + 5])
-    one = va.heatmaps(loaded, images[:3], labels[:3], path, (0, 0), 0, head=1)
-    want = va.surrogate_maps(loaded[0], x, 1)[:, 1, 0]                      # of layer1, in block 0
-    assert torch.allclose(one["surrogate,\nlayer1"].flatten(1), want)
+    assert torch.allclose(columns["after LM"].flatten(1), maps[:, 2 * 8 + 5])
+    one = va.heatmaps(loaded, images[:3], labels[:3], path, 0, 0, head=1)
+    want = va.surrogate_maps(loaded[0], x, 1)[:, 1]                         # of layer1, in block 0
+    assert torch.allclose(one["surrogate, layer1"].flatten(1), want[:, 0])
+    chosen, *_ = va.looks(loaded, images[:3], None, 0, 1)                    # the most selective
+    entropy = torch.distributions.Categorical(want).entropy()               # [3, N]
+    assert chosen.tolist() == entropy.argmin(1).tolist()
+    assert va.looks(loaded[1:], images[:3], None, 0, 1)[0].tolist() == [34] * 3     # no teacher
     last = read_metrics(runs[1])[-1]
     assert va.curriculum(loaded, path)["accuracy"]["cikd"][-1] == float(last["accuracy"])
     students, references = va.measure(loaded, images)
@@ -1197,9 +1202,15 @@ def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
 def test_own_picture_and_a_moved_run(runs, tmp_path):
     shutil.copytree(runs[1].parent, tmp_path / "runs")
     Image.fromarray(np.full((50, 70, 3), 99, np.uint8)).save(tmp_path / "mine.jpg")
-    done = run_cli(tmp_path, "--image", "mine.jpg", script="visualize_attention.py",
-                   env=os.environ | {"MPLBACKEND": "module://nowhere"})     # and the newest run
-    assert done.returncode == 0 and len(list(tmp_path.glob("runs/*/figures/*.png"))) == 4
+    done = run_cli(tmp_path, "--image", "mine.jpg", "--format", "svg",
+                   script="visualize_attention.py",                         # of the newest run
+                   env=os.environ | {"MPLBACKEND": "module://nowhere"})
+    assert done.returncode == 0 and len(list(tmp_path.glob("runs/*/figures/*.svg"))) == 5
+    student, classes, cfg = cikd.load_student(runs[1])
+    with torch.no_grad():
+        p = student(cikd.prepare(tmp_path / "mine.jpg", 32)).softmax(1)[0]
+    best = [f"{classes[i]} {100 * p[i]:.1f} %" for i in p.argsort(descending=True)[:3]]
+    assert f"mine.jpg: {', '.join(best)}" in done.stdout
 
 @pytest.mark.parametrize("fault,says", [
     ("student.pt", "not a checkpoint"), ("settings.json", "another version"), ("gone", "No such"),
@@ -1227,18 +1238,24 @@ def test_visualize_faults(fault, says, runs, tmp_path, capsys):
 
 # ---- the README
 
-README = (HERE / "README.md").read_text()
+README, NOTEBOOK = [(HERE / name).read_text() for name in ("README.md", "figures/README.md")]
 
-def test_every_option_file_and_link_in_the_readme_exists():
-    known = {"help", "image", "index", "query", "block", "head", "gif",
+def test_every_option_file_and_link_on_the_pages_exists():
+    known = {"help", "image", "index", "query", "block", "head", "gif", "html", "format",
              *(f.name for f in fields(cikd.Config))}
-    options = re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)
+    options = re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README + NOTEBOOK)
     gone = {"crop_scale", "teacher_maps", "layer_decay",    # rows of results.csv name them
             "nproc_per_node", "gpus", "array", "wrap"}      # torchrun's and Slurm's
     assert {option.replace("-", "_") for option in options} - known == gone
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert all((HERE / link).exists() for link in links if not link.startswith("http"))
-    for name in (*COLUMNS, "settings.json", "student_init.pt", "student_ali.pt", "comparison.csv"):
+    for page, folder in ((README, HERE), (NOTEBOOK, HERE / "figures")):
+        links = [link.split("#") for link in re.findall(r"\]\(([^):]+)\)", page)]
+        assert all((folder / file).exists() for file, *_ in links), links
+        for file, *anchor in links:             # GitHub's names of headings
+            target = page if not file else (folder / file).read_text() if anchor else ""
+            heads = [re.sub(r"[^\w -]", "", head.lower()).strip().replace(" ", "-")
+                     for head in re.findall(r"^#+ (.*)$", target, re.M)]
+            assert not anchor or anchor[0] in heads, anchor
+    for name in (*COLUMNS, "settings.json", "student_init.pt", "student_ali.pt"):
         assert f"`{name}`" in README, name
 
 def test_the_code_in_the_readme_is_the_code():
@@ -1246,11 +1263,26 @@ def test_the_code_in_the_readme_is_the_code():
     def bare(text):
         return {re.sub(r"\s*#.*", "", line).strip().rstrip(",") for line in text.splitlines()}
     code = bare((HERE / "cikd.py").read_text())
-    quotes = [q for q in re.findall(r"```python\n(.*?)```", README, re.S) if "import" not in q]
-    assert len(quotes) >= 6 and not [bare(q) - code for q in quotes if bare(q) - code]
+    quotes = [q for q in re.findall(r"```python\n(.*?)```", README, re.S) if "student" not in q]
+    assert len(quotes) == 4 and not [bare(q) - code for q in quotes if bare(q) - code]
 
-def test_the_tables_of_results_are_results_csv():
-    """Every measured accuracy stands in a table of the README, the losing ones too, and no other;
+def test_the_programs_in_the_readme_run_and_print_what_it_says(runs, tmp_path, monkeypatch, capsys):
+    shapes, use = [q for q in re.findall(r"```python\n(.*?)```", README, re.S) if "import" in q]
+    exec(shapes, {})
+    assert capsys.readouterr().out in README and "surrogate         [8, 4, 64, 64]" in README
+    shutil.copytree(runs[1], tmp_path / "runs" / "shapes-cikd-seed0")
+    Image.fromarray(np.full((50, 70, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(use, names)
+    label, p = capsys.readouterr().out.split()[-2:]
+    assert label in " ".join(cikd.SHAPES) and 0.1 < float(p) <= 1
+    exported, x = torch.export.load("student.pt2").module(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(exported(x), names["student"](x), atol=1e-5)
+
+def test_the_tables_of_the_notebook_are_results_csv():
+    """Every measured accuracy stands in a table of the notebook, the losing ones too, and no other;
     seeds as mean ± deviation, but one by one on held-out images."""
     seeds, shown = {}, []
     with open(HERE / "figures" / "results.csv", newline="") as file:
@@ -1263,11 +1295,13 @@ def test_the_tables_of_results_are_results_csv():
     for (method, _, _), values in seeds.items():
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         measured.append((method, f"{statistics.mean(values):.1f}{spread}"))
-    results = README[README.index("## Results\n"):README.index("## Speed\n")].replace("**", "")
-    for method, cells in re.findall(r"^\| (scratch|kd|joint|cikd)\b[^|]*\|(.*)\|$", results, re.M):
+    rows = r"^\| (scratch|kd|joint|cikd)\b[^|]*\|(.*)\|$"
+    for method, cells in re.findall(rows, NOTEBOOK.replace("**", ""), re.M):
         shown += [(method, cell.strip()) for cell in cells.split("|")
                   if re.match(r"\d+\.\d( ±|$)", cell.strip())]
     assert sorted(shown) == sorted(measured) and len(shown) >= 30
+    page = [cells for _, cells in re.findall(rows, README.replace("**", ""), re.M)]
+    assert set(re.findall(r"\d+\.\d(?: ± \d\.\d)?", str(page))) <= {cell for _, cell in shown}
 
 # ---- speed: `python test_cikd.py [vit_tiny | vit_micro] [auto | on | off]`
 

@@ -1,14 +1,13 @@
-"""Look at the locality a student has learned: heatmaps, distances, kernels, curves of runs.
+"""Look at the locality a student has learned: one page of all, and a figure for each part of it.
 
     python visualize_attention.py                       # the newest finished run under runs/
     python visualize_attention.py RUN [RUN ...]         # these, e.g. cikd, kd and scratch together
     python visualize_attention.py --image cat.jpg       # your own picture instead of test images
-    python visualize_attention.py --index 3 8 --query 2,5 --block 0 --head 1
+    python visualize_attention.py --index 3 8 --query 2,5 --block 0 --head 1 --format pdf
 
-It rebuilds the models from a run's settings.json and never trains. The first run named (a cikd run,
-if there is one) is shown before training, after ALI and after LM, others at their end. Each figure
-is a function. "Attention" is the student's softmax(q kᵀ / sqrt(d)) among patches alone: CLS is left
-out, as in ALI. The teacher, a ResNet, has none; `cikd.teacher_attention`, its surrogate, is shown.
+The first run named (a cikd run, if there is one) is shown before training, after ALI and after LM,
+others at their end. "Attention": the student's softmax(q kᵀ / sqrt(d)) among patches alone: CLS is
+left out, as in ALI. The teacher, a ResNet, has none: its surrogate is shown.
 """
 from __future__ import annotations
 
@@ -38,11 +37,12 @@ from PIL import Image
 import cikd
 from cikd import need
 
-COLORS = {"before training": "#999999", "after ALI": "#E69F00"}         # Okabe and Ito's palette
-LAST, OTHERS = "#0072B2", ["#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442"]
+COLORS = {                                      # Okabe and Ito's palette; alike in all figures
+    "before training": "#999999", "after ALI": "#E69F00", "after LM": "#0072B2", "cikd": "#0072B2",
+    "joint": "#CC79A7", "kd": "#009E73", "scratch": "#D55E00", "twin": "#56B4E9"}
+SHADES = {"ALI": "#E69F00", "LM": "#0072B2"}    # the curriculum's stages, behind curves
 
-
-# %% 1. Runs: settings, models, images
+# %% 1. Runs: settings, models, images -------------------------------------------------------------
 class Run(NamedTuple):
     """A finished run. `students` in the order of training: before training, after ALI, after LM."""
     folder: Path
@@ -91,8 +91,7 @@ def run_images(run: Run, image: str | None, data_dir: str | None) -> tuple:
          f"{run.folder}: learned other images than {run.cfg.data_dir} holds; see --data-dir")
     return data.test
 
-
-# %% 2. Numbers: what the figures show, and what the tests check
+# %% 2. Numbers: what the figures show, and what the tests check -----------------------------------
 def attention_kernels(maps: torch.Tensor) -> torch.Tensor:
     """Attention by offset from query to key (Cordonnier 2020): [..., N, N] -> [..., 2g-1, 2g-1].
     Summed over queries, divided by how many have a key at that offset; the centre is (0, 0)."""
@@ -124,13 +123,21 @@ def surrogate_maps(run: Run, images: torch.Tensor, layer: int) -> torch.Tensor:
 
 def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, str]]:
     """(run, label, student, colour): all stages of the first run, then how the others ended."""
-    shown = [(runs[0], name, student, COLORS.get(name, LAST))
+    methods = [run.cfg.method for run in runs]
+    shown = [(runs[0], name, student, COLORS.get(name, COLORS[methods[0]]))
              for name, student in runs[0].students.items()]
-    for i, run in enumerate(runs[1:]):
-        twins = [other for other in runs if other.cfg.method == run.cfg.method]
-        label = run.cfg.method + f" {i + 2}, {run.folder.name[-20:]}" * (len(twins) > 1)
-        shown.append((run, label, list(run.students.values())[-1], OTHERS[i % len(OTHERS)]))
+    for i, run in enumerate(runs[1:], 1):
+        twin, last = methods.count(methods[i]) > 1, list(run.students.values())[-1]
+        label = methods[i] + f" {i + 1}, {run.folder.name[-20:]}" * twin
+        shown.append((run, label, last, COLORS["twin" if twin else methods[i]]))
     return shown
+
+def facts_of(run: Run) -> str:
+    """What a figure is of, for its small print."""
+    cfg = run.cfg
+    data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
+    teacher = f"teacher {cfg.teacher}, " if run.teacher else ""
+    return f"{data}, {cfg.student}, {teacher}{cfg.epochs} epochs, seed {cfg.seed}"
 
 def measure(runs: list[Run], images: torch.Tensor) -> tuple[list[dict], list[dict]]:
     """Summaries with label and accuracy (percent, or None): of each stage shown, and of references:
@@ -156,54 +163,76 @@ def print_table(rows: list[dict]) -> None:
         print(f"{row['label'][:20]:20} {'' if accuracy is None else f'{accuracy:.1f} %':>8} "
               f"{itself:8.1f} %  {row['distance'].mean():.2f}   {each}")
 
-
-# %% 3. Figures
-def draw(figure: Figure, path: Path) -> None:
+# %% 3. Figures ------------------------------------------------------------------------------------
+def draw(figure: Figure, path: Path, run: Run) -> None:
+    """Write it as path's ending says, with a line of small print."""
+    height = 0.2 / figure.get_figheight()
+    figure.get_layout_engine().set(rect=(0, height, 1, 1 - height))
+    figure.text(0.995, 0.2 * height, facts_of(run), ha="right", fontsize=7.5, color="#555555")
     memory = io.BytesIO()
-    figure.savefig(memory, format="png")
+    figure.savefig(memory, format=path.suffix[1:])
     cikd.save(path, memory.getvalue())
 
-def heatmaps(runs: list[Run], images: torch.Tensor, labels: torch.Tensor | None, path: Path,
-             query: tuple[int, int], block: int, head: int | None = None) -> dict:
-    """Where the query patch looks: surrogate and each student. Returns {column: [n, g, g]}."""
-    run, (row, col), grid, x, columns = runs[0], query, runs[0].grid, cikd.to_float(images), {}
-    def from_query(maps):                       # [n, H, N, N] -> [n, g, g]
-        maps = maps.mean(1) if head is None else maps[:, head]
-        return maps[:, row * grid + col].view(-1, grid, grid)
-    if run.teacher and block in dict(run.pairs):
-        layer = dict(run.pairs)[block]
-        columns[f"surrogate,\nlayer{layer}"] = from_query(surrogate_maps(run, x, layer))
+def looks(runs: list[Run], images: torch.Tensor, query: int | None, block: int, head: int | None):
+    """Where one patch of each image looks: its number [n], {column: maps [n, g, g]}, their scale.
+    No `query`: the patch whose surrogate is most selective (lowest entropy), else a fixed one."""
+    run, grid, x, whole = runs[0], runs[0].grid, cikd.to_float(images), {}
+    layer = dict(run.pairs).get(block)
+    if run.teacher and layer:
+        whole[f"surrogate, layer{layer}"] = surrogate_maps(run, x, layer)
     for _, label, student, _ in stages_of(runs):
         maps = (maps for i, maps in enumerate(cikd.student_maps(student, x)) if i == block)
-        columns[f"student\n{label}"] = from_query(next(maps))
+        whole[label] = next(maps)
+    whole = {name: maps.mean(1) if head is None else maps[:, head] for name, maps in whole.items()}
+    chosen = torch.full((len(x),), grid * grid // 2 + grid // 4 if query is None else query)
+    if query is None and run.teacher and layer:
+        surrogate = next(iter(whole.values()))                              # [n, N, N]
+        chosen = torch.xlogy(surrogate, surrogate).sum(-1).argmax(1)
+    columns = {name: maps[torch.arange(len(x)), chosen].unflatten(1, (grid, grid))
+               for name, maps in whole.items()}
+    top = np.quantile(torch.stack(list(columns.values())), 0.99)
+    return chosen, columns, Normalize(0, float(top))
+
+def show(a, image: torch.Tensor, query: int, grid: int, maps=None, norm=None) -> None:
+    """An image [3, S, S] with its query patch framed; over it, if given, attention [g, g]."""
+    picture, extent = image.permute(1, 2, 0).numpy(), (0, grid, grid, 0)
+    if maps is None:
+        a.imshow(picture, extent=extent)
+    else:                                       # where there is little attention, the image
+        a.imshow(picture.mean(2) * 0.5, cmap="gray", vmin=0, vmax=255, extent=extent)
+        a.imshow(maps, cmap="magma", norm=norm, extent=extent,
+                 alpha=np.clip(0.2 + norm(maps.numpy()), 0, 0.95))
+    a.add_patch(Rectangle((query % grid, query // grid), 1, 1, fill=False, color="#56B4E9", lw=2))
+    a.set(xticks=[], yticks=[])
+
+def heatmaps(runs: list[Run], images: torch.Tensor, labels: torch.Tensor | None, path: Path,
+             query: int | None, block: int, head: int | None = None) -> dict:
+    """Where a patch looks: surrogate and trained students. Returns {column: [n, g, g]}."""
+    run, grid = runs[0], runs[0].grid
+    queries, columns, norm = looks(runs, images, query, block, head)
+    columns.pop("before training")              # even, as the uniform value in the bar's label
     with torch.no_grad():
-        p, predicted = list(run.students.values())[-1](x).softmax(1).max(1)
-    norm = Normalize(0, float(np.quantile(torch.stack(list(columns.values())), 0.99)))
-    figure = Figure(figsize=(1.3 * len(columns) + 3.3, 1.32 * len(images) + 0.95),
-                    layout="constrained")
+        p, predicted = list(run.students.values())[-1](cikd.to_float(images)).softmax(1).max(1)
+    size = 1.7 * len(columns) + 4.2, 1.75 * len(images) + 1
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):          # [S, S, 3]
+    for i, (image, place) in enumerate(zip(images, queries.tolist())):
         text = "" if labels is None else f"true: {run.classes[int(labels[i])]}\n"
         text += f"predicted by {run.cfg.method}:\n{run.classes[predicted[i]]} ({100 * p[i]:.0f} %)"
-        axes[i, 0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-        axes[i, 0].imshow(image, extent=(0, grid, grid, 0))
+        axes[i, 0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=10)
+        show(axes[i, 0], image, place, grid)
         for a, maps in zip(axes[i, 1:], columns.values()):
-            alpha = np.clip(0.2 + norm(maps[i].numpy()), 0, 0.95)   # little attention: the image
-            a.imshow(image.mean(2) * 0.5, cmap="gray", vmin=0, vmax=255, extent=(0, grid, grid, 0))
-            a.imshow(maps[i], cmap="magma", norm=norm, alpha=alpha, extent=(0, grid, grid, 0))
-        for a in axes[i]:
-            a.set(xticks=[], yticks=[])
-            a.add_patch(Rectangle((col, row), 1, 1, fill=False, color="#56B4E9", linewidth=2))
-    for a, name in zip(axes[0], ["image and\nquery patch", *columns]):
-        a.set_title(name, fontsize=10)
+            show(a, image, place, grid, maps[i], norm)
+    for a, name in zip(axes[0], ["image and query", *columns]):
+        a.set_title(name, fontsize=11)
     bar = figure.colorbar(ScalarMappable(norm, "magma"), ax=axes, shrink=0.9, extend="max")
-    bar.set_label(f"attention\n(uniform: {1 / grid ** 2:.3f})")
+    bar.set_label(f"attention\n(uniform: {1 / grid ** 2:.3f})", fontsize=9)
     heads = "mean of heads" if head is None else f"head {head}"
-    figure.suptitle(f"Where the framed patch looks: block {block}, {heads}", fontsize=12)
-    draw(figure, path)
+    figure.suptitle(f"Where the framed patch looks: block {block}, {heads}", fontsize=13)
+    draw(figure, path, run)
     return columns
 
-def distances(students: list[dict], references: list[dict], path: Path) -> None:
+def distances(students: list[dict], references: list[dict], path: Path, run: Run) -> None:
     """Mean attention distance of each head against depth (Raghu 2021)."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes, blocks = figure.subplots(), np.arange(len(students[0]["distance"]))
@@ -212,63 +241,139 @@ def distances(students: list[dict], references: list[dict], path: Path) -> None:
         axes.plot(np.repeat(place, values.shape[1]), values.reshape(-1), "o", color=m["color"],
                   alpha=0.45, markersize=4, markeredgewidth=0)
         axes.plot(place, values.mean(1), color=m["color"], linewidth=2, label=m["label"])
-    for m, style in zip(references, (":", "--", "-.", (0, (1, 3)), (0, (5, 5)))):
+    for m, style in zip(references, ("--", ":", "-.", (0, (1, 3)), (0, (5, 5)))):
         far, name = float(m["distance"].mean()), m["label"]
         axes.axhline(far, color="black", linestyle=style, linewidth=1, label=f"{name}: {far:.2f}")
     axes.set(xlabel="block (dots: heads; lines: their mean; drawn side by side)", xticks=blocks,
              ylabel="attention distance (patches)", title="How far the student looks, by depth")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    draw(figure, path)
+    draw(figure, path, run)
+
+def mosaic(a, panel: torch.Tensor):
+    """Kernels [blocks, H, 2g-1, 2g-1], blocks downwards, heads to the right, on a logarithmic
+    colour scale, so that no centre is cut off. Returns the image drawn, for a colour bar."""
+    blocks, heads, side, _ = panel.shape
+    tiles = torch.nn.functional.pad(panel, (1, 1, 1, 1), value=float("nan"))    # gaps
+    tiles = tiles.permute(0, 2, 1, 3).reshape(blocks * (side + 2), heads * (side + 2))
+    a.set(xticks=(np.arange(heads) + 0.5) * (side + 2) - 0.5, xticklabels=range(heads),
+          yticks=(np.arange(blocks) + 0.5) * (side + 2) - 0.5, yticklabels=range(blocks))
+    a.tick_params(length=0)
+    return a.imshow(tiles, cmap="magma", norm=LogNorm(1e-3, 1, clip=True))
 
 def kernels(panels: dict[str, torch.Tensor], tile: float = 0.75) -> Figure:
-    """For each panel its kernels [blocks, H, 2g-1, 2g-1], blocks downwards, heads to the right, on
-    one logarithmic colour scale, so that no centre is cut off."""
+    """A figure of the mosaic of each panel, side by side."""
     blocks, heads, side, _ = next(iter(panels.values())).shape
     figure = Figure(figsize=(tile * heads * len(panels) + 1.9, tile * blocks + 1.1),
                     layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for a, (name, panel) in zip(axes, panels.items()):
-        tiles = torch.nn.functional.pad(panel, (1, 1, 1, 1), value=float("nan"))    # gaps
-        mosaic = tiles.permute(0, 2, 1, 3).reshape(blocks * (side + 2), heads * (side + 2))
-        drawn = a.imshow(mosaic, cmap="magma", norm=LogNorm(1e-3, 1, clip=True))
-        a.set(title=name, xlabel="head", xticks=(np.arange(heads) + 0.5) * (side + 2) - 0.5,
-              xticklabels=range(heads), yticks=(np.arange(blocks) + 0.5) * (side + 2) - 0.5,
-              yticklabels=range(blocks))
-        a.tick_params(length=0)
+        drawn = mosaic(a, panel)
+        a.set(title=name, xlabel="head")
     axes[0].set_ylabel("block")
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="min")
-    bar.set_label(f"mean attention at this offset\n(uniform: {4 / (side + 1) ** 2:.3f})")
+    uniform = 4 / (side + 1) ** 2
+    bar.set_label(f"mean attention at this offset,\nlogarithmic (uniform: {uniform:.3f})")
     figure.suptitle(f"each tile: query in its centre, edges {side // 2} patches away", fontsize=9)
     return figure
+
+def curves(a, runs: list[Run], name: str, skip_zeros: bool = False) -> dict[str, list[float]]:
+    """A column of metrics.csv by epoch, over the first run's stages. Returns {run: values}."""
+    cfg, drawn = runs[0].cfg, {}
+    others = stages_of(runs)[len(runs[0].students):]
+    for run, label, _, color in [(runs[0], cfg.method, None, COLORS[cfg.method]), *others]:
+        drawn[label] = [float(row[name]) for row in run.rows]
+        epochs = [i for i, value in enumerate(drawn[label]) if value or not skip_zeros]
+        a.plot(np.add(epochs, 1), [drawn[label][i] for i in epochs], color=color, linewidth=2,
+               label=label, marker="o" if len(epochs) == 1 else None)
+    longest = max(len(run.rows) for run in runs)
+    a.set(xlabel="epoch", xlim=(1, max(2, longest)))
+    a.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    a.grid(alpha=0.3)
+    if cfg.method == "cikd":
+        spans = {"ALI": (1, cfg.ali_epochs + 0.5), "LM": (cfg.ali_epochs + 0.5, cfg.epochs)}
+        for stage, (begin, end) in spans.items():
+            a.axvspan(begin, end, color=SHADES[stage], alpha=0.1, linewidth=0)
+            a.text((begin + end) / 2, 0.98, stage, transform=a.get_xaxis_transform(), ha="center",
+                   va="top", fontsize=9, color="#555555")
+    if name == "accuracy":
+        chance = 100 / len(runs[0].classes)
+        a.axhline(chance, color="black", linestyle=":", linewidth=1)
+        a.annotate("chance", (longest, chance), (-2, 2), textcoords="offset points", ha="right",
+                   fontsize=8)
+        a.set_ylim(bottom=0)
+    return drawn
 
 def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]:
     """Loss terms, accuracy and attention distance by epoch. Returns {panel: {run: values}}."""
     panels = {"ali": "ALI, training (nats)", "ce": "cross-entropy, training (nats)",
               "dkd": "DKD, training (nats)", "accuracy": "test accuracy (%)",
               "attention_distance": "attention distance (patches)"}
-    first, others = runs[0].cfg, [shown for shown in stages_of(runs) if shown[0] is not runs[0]]
-    lines = [(runs[0], first.method, None, LAST), *others]
-    drawn = {name: {label: [float(row[name]) for row in run.rows] for run, label, _, _ in lines}
-             for name in panels}
-    above = [name for name in ("ali", "ce", "dkd") if any(map(any, drawn[name].values()))]
-    figure = Figure(figsize=(8, 5.6), layout="constrained")
+    above = [name for name in ("ali", "ce", "dkd")
+             if any(float(row[name]) for run in runs for row in run.rows)]
+    figure = Figure(figsize=(9, 5.8), layout="constrained")
     axes = figure.subplot_mosaic([[name for name in above for _ in range(6 // len(above))],
                                   ["accuracy"] * 3 + ["attention_distance"] * 3])
+    drawn = {}
     for name, a in axes.items():
-        for _, label, _, color in lines:
-            epochs = [i for i, v in enumerate(drawn[name][label]) if v or name not in above]
-            a.plot(np.add(epochs, 1), [drawn[name][label][i] for i in epochs], color=color,
-                   linewidth=2, label=label, marker="o" if len(epochs) == 1 else None)
-        if first.method == "cikd":
-            a.axvline(first.ali_epochs + 0.5, color="black", linestyle="--", linewidth=1)
-        a.set(xlabel="epoch", xlim=(1, max(len(run.rows) for run in runs)))
+        drawn[name] = curves(a, runs, name, skip_zeros=name in above)
         a.set_title(panels[name], fontsize=10)
-        a.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        a.grid(alpha=0.3)
     figure.legend(*a.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle("The curriculum, epoch by epoch (dashed: the switch)", fontsize=12)
-    draw(figure, path)
+    figure.suptitle("The curriculum, epoch by epoch (shaded: its stages)", fontsize=12)
+    draw(figure, path, runs[0])
     return drawn
+
+def scheme(a) -> None:
+    """The method in two drawings: ALI, LM."""
+    for left, stage, title in ((0, "ALI", "Stage 1, ALI: learn where to look (no labels)"),
+                               (10.4, "LM", "Stage 2, LM: learn what to say")):
+        a.add_patch(Rectangle((left, 0), 9.6, 4, color=SHADES[stage], alpha=0.1, linewidth=0))
+        a.text(left + 0.2, 3.6, title, fontsize=11, weight="bold", va="center")
+    for x, y, text in (
+            (1.2, 2.5, "CNN teacher\n(frozen)"), (4.7, 2.5, "maps: patches that\nlook alike to it"),
+            (1.2, 0.8, "ViT student"), (4.7, 0.8, "attention of its\nfirst and last block"),
+            (8.2, 1.65, "KL: imitate\nthe maps"), (11.6, 2.5, "CNN teacher\n(frozen)"),
+            (14.6, 2.5, "logits"), (18.3, 2.5, "DKD: imitate\nthe logits"), (14.6, 0.8, "logits"),
+            (11.6, 0.8, "ViT student"), (18.3, 0.8, "cross-entropy\nwith the labels")):
+        a.text(x, y, text, ha="center", va="center", fontsize=10,
+               bbox=dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor="#555555"))
+    for *begin, x, y in ((2.1, 2.5, 3.2, 2.5), (2.1, 0.8, 3.4, 0.8), (6.2, 2.3, 7.4, 1.9),
+                         (6, 1, 7.4, 1.4), (12.5, 2.5, 14.1, 2.5), (12.5, 0.8, 14.1, 0.8),
+                         (15.1, 2.5, 17.3, 2.5), (15.1, 0.8, 17.3, 0.8), (15.1, 1, 17.3, 2.2)):
+        a.annotate("", (x, y), begin, arrowprops=dict(arrowstyle="->", color="#555555"))
+    a.annotate("", (10.4, 2), (9.6, 2), arrowprops=dict(arrowstyle="simple", color="#555555"))
+    a.set(xlim=(0, 20), ylim=(0, 4))
+    a.axis("off")
+
+def overview(runs: list[Run], students: list[dict], image: torch.Tensor, path: Path,
+             query: int | None, block: int, head: int | None) -> None:
+    """One page for a slide: the scheme; one image [1, 3, S, S]; kernels; accuracy by epoch."""
+    run, grid = runs[0], runs[0].grid
+    few = [run, *(other for other in runs[1:] if other.cfg.method == "scratch")]
+    queries, columns, norm = looks(few, image, query, block, head)
+    figure = Figure(figsize=(12, 9.4), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.3, 2.6, 4.2))
+    scheme(top.subplots())
+    top.suptitle("CIKD: a CNN teaches a Vision Transformer, from easy to difficult", fontsize=14)
+    axes = middle.subplots(1, len(columns) + 1)
+    for a, (name, maps) in zip(axes, {"image and query patch": None, **columns}.items()):
+        show(a, image[0], int(queries[0]), grid, None if maps is None else maps[0], norm)
+        a.set_title(name, fontsize=10)
+    middle.suptitle(f"Where the framed patch looks (block {block})", fontsize=11)
+    left, right = bottom.subfigures(1, 2, width_ratios=(1.15, 1))
+    for a, m in zip(left.subplots(1, len(run.students), squeeze=False)[0], students):
+        mosaic(a, m["kernels"])
+        a.set_title(m["label"], fontsize=10)
+        a.set(xlabel="head", ylabel="block" if m is students[0] else None)
+    left.suptitle("Attention by offset from the query (a tile's centre)", fontsize=11)
+    upper, lower = right.subplots(2, 1, height_ratios=(2, 1))
+    curves(upper, runs, "accuracy")
+    upper.set_ylabel("test accuracy (%)")
+    methods, ends = zip(*((r.cfg.method, float(r.rows[-1]["accuracy"])) for r in runs))
+    bars = lower.barh(range(len(runs)), ends, 0.6, color=[COLORS[method] for method in methods])
+    lower.bar_label(bars, fmt=" %.1f %%", fontsize=9)
+    lower.set(yticks=range(len(runs)), yticklabels=methods, xlim=(0, 115), xticks=range(0, 101, 20),
+              ylim=(max(2, len(runs)) - 0.5, -0.5), xlabel="test accuracy after the last epoch (%)")
+    draw(figure, path, run)
 
 def locality_gif(run: Run, images: torch.Tensor, path: Path) -> dict[int, torch.Tensor]:
     """The kernels epoch by epoch, from what --snapshot-every kept. Returns {epoch: kernels}."""
@@ -291,8 +396,7 @@ def locality_gif(run: Run, images: torch.Tensor, path: Path) -> dict[int, torch.
     cikd.save(path, memory.getvalue())
     return frames
 
-
-# %% 4. Command line
+# %% 4. Command line -------------------------------------------------------------------------------
 def visualize(args: argparse.Namespace) -> Path:
     """All figures of the runs named. Returns their folder. Raises CIKDError."""
     runs = [load_run(folder) for folder in args.runs or [newest_run()]]
@@ -306,9 +410,10 @@ def visualize(args: argparse.Namespace) -> Path:
     block = first.pairs[-1][0] if block is None else block
     need(0 <= block <= last, f"--block: must be from 0 to {last}")
     need(0 <= (args.head or 0) < cfg.heads, f"--head: must be from 0 to {cfg.heads - 1}")
-    query = re.fullmatch(r"(\d{1,4}),(\d{1,4})", args.query or f"{grid // 2},{grid // 4}")
-    query = [int(part) for part in query.groups()] if query else [grid]
-    need(max(query) < grid, f"--query: must be ROW,COL, both from 0 to {grid - 1}")
+    given = re.fullmatch(r"(\d{1,4}),(\d{1,4})", args.query or "0,0")
+    row, column = [int(part) for part in given.groups()] if given else (grid, grid)
+    need(max(row, column) < grid, f"--query: must be ROW,COL, both from 0 to {grid - 1}")
+    query = row * grid + column if args.query else None
     images, labels = run_images(first, args.image, args.data_dir)
     index = args.index or [0]
     if not args.index and labels is not None:   # one image of each of the first four classes
@@ -317,15 +422,27 @@ def visualize(args: argparse.Namespace) -> Path:
     out = Path(args.output_dir or first.folder / "figures").expanduser()
     students, references = measure(runs, images)
     print_table(references + students)
-    labels = labels if labels is None else labels[index]
-    heatmaps(runs, images[index], labels, out / "heatmaps.png", query, block, args.head)
-    distances(students, references, out / "distance.png")
-    panels, tile = {m["label"]: m["kernels"] for m in students}, 10 / (cfg.heads * len(students))
-    draw(kernels(panels, tile=min(0.75, tile)), out / "kernels.png")
-    curriculum(runs, out / "curriculum.png")
+    if args.image:
+        with torch.no_grad():
+            p = list(first.students.values())[-1](cikd.to_float(images)).softmax(1)[0]
+        best = [f"{first.classes[i]} {100 * p[i]:.1f} %" for i in p.argsort(descending=True)[:3]]
+        print(f"{args.image}: {', '.join(best)}")
+    scratch = [run for run in runs[1:] if run.cfg.method == "scratch"]
+    few = [first, *scratch] if scratch else runs
+    labels, images_shown = labels if labels is None else labels[index], images[index]
+    def file(name):
+        return out / f"{name}.{args.format}"
+    look = query, block, args.head
+    overview(runs, students, images_shown[:1], file("summary"), *look)
+    heatmaps(few, images_shown, labels, file("heatmaps"), *look)
+    kept = {label for _, label, _, _ in stages_of(few)}
+    distances([m for m in students if m["label"] in kept], references[1:], file("distance"), first)
+    panels = {m["label"]: m["kernels"] for m in students[:len(first.students)]}
+    draw(kernels(panels, tile=min(0.75, 10 / (cfg.heads * len(panels)))), file("kernels"), first)
+    curriculum(runs, file("curriculum"))
     if args.gif:
         locality_gif(first, images, out / "locality.gif")
-    print(f"see {', '.join(sorted(p.name for p in out.glob('*.[pg][ni][gf]')))} in {out}")
+    print(f"see {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
     return out
 
 def main(argv: list[str] | None = None) -> int:
@@ -335,11 +452,12 @@ def main(argv: list[str] | None = None) -> int:
     add("runs", nargs="*", metavar="RUN", help="folders of runs [the newest under runs/]")
     add("--image", metavar="FILE", help="draw everything, averages too, from this picture")
     add("--index", type=int, nargs="+", metavar="I", help="test images [one of four classes]")
-    add("--query", metavar="ROW,COL", help="query patch of the heatmaps [left of the middle]")
+    add("--query", metavar="ROW,COL", help="query patch [where the surrogate is most selective]")
     add("--block", type=int, help="block of the heatmaps [the last that ALI taught]")
     add("--head", type=int, help="head of the heatmaps, from 0 [mean of all]")
     add("--data-dir", metavar="DIR", help="where the run's images lie now [where they lay]")
     add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures]")
+    add("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures [png]")
     add("--gif", action="store_true", help="also locality.gif; needs --snapshot-every")
     return cikd.run_command("visualize_attention", lambda: visualize(parser.parse_args(argv)))
 
