@@ -315,8 +315,8 @@ SMALL = dict(image_size=32, patch_size=4, student="vit_tiny", teacher_epochs=60,
              epochs=300, batch_size=128, crop="pad")
 PHOTO = SMALL | dict(image_size=224, patch_size=16, teacher_epochs=100, crop="resized")
 DATASETS = {
-    "shapes": dict(image_size=32, patch_size=4, student="vit_micro", teacher_epochs=4, ali_epochs=5,
-                   epochs=16, batch_size=32, crop="none"),
+    "shapes": dict(image_size=32, patch_size=4, student="vit_micro", teacher_epochs=3, ali_epochs=5,
+                   epochs=9, batch_size=24, crop="none"),
     "cifar10": SMALL, "cifar100": SMALL, "fashion_mnist": SMALL,
     "stl10": PHOTO | dict(image_size=96, patch_size=8),
     "folder": PHOTO, "pets": PHOTO, "aircraft": PHOTO, "dtd": PHOTO, "imagenette": PHOTO,

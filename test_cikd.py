@@ -1,4 +1,5 @@
 """Tests of cikd.py: `python -m pytest`, offline, minutes on two cores. The order is the file's."""
+import base64
 import csv
 import gzip
 import hashlib
@@ -1166,7 +1167,7 @@ def test_kernels_of_maps_with_a_known_answer():
 def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     assert va.main([*map(str, runs), "--output-dir", str(tmp_path), "--gif"]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"uniform +1\.6 % +4\.14", table) and "after ALI" in table
+    assert re.search(r"before training +4\.1", table) and "after ALI" in table
     for name, frames in dict(summary=1, heatmaps=1, distance=1, kernels=1, curriculum=1,
                              locality=4).items():
         picture = Image.open(next(tmp_path.glob(f"{name}.*")))
@@ -1175,23 +1176,22 @@ def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     loaded = [va.load_run(r) for r in (runs[1], runs[0])]
     images, labels = va.run_images(loaded[0], None, None)
     x, path = cikd.to_float(images[:3]), tmp_path / "x.png"
-    columns = va.heatmaps(loaded, images[:3], labels[:3], path, 2 * 8 + 5, 5)
+    columns = va.heatmaps(loaded, images[:3], ["a", "b", "c"], path, 2 * 8 + 5)
     assert list(columns) == ["surrogate, layer2", "after ALI", "after LM", "scratch"] and all(
         torch.allclose(maps.sum((1, 2)), torch.ones(3), atol=1e-4) for maps in columns.values())
     maps = list(cikd.student_maps(loaded[0].students["after LM"], x))[5].mean(1)
     assert torch.allclose(columns["after LM"].flatten(1), maps[:, 2 * 8 + 5])
-    one = va.heatmaps(loaded, images[:3], labels[:3], path, 0, 0, head=1)
-    want = va.surrogate_maps(loaded[0], x, 1)[:, 1]                         # of layer1, in block 0
-    assert torch.allclose(one["surrogate, layer1"].flatten(1), want[:, 0])
-    chosen, *_ = va.looks(loaded, images[:3], None, 0, 1)                    # the most selective
+    want = va.surrogate_maps(loaded[0], x, 2).mean(1)                       # [3, N, N]
+    assert torch.allclose(columns["surrogate, layer2"].flatten(1), want[:, 2 * 8 + 5])
+    chosen, _ = va.looks(loaded, images[:3], None)                          # the most selective
     entropy = torch.distributions.Categorical(want).entropy()               # [3, N]
     assert chosen.tolist() == entropy.argmin(1).tolist()
-    assert va.looks(loaded[1:], images[:3], None, 0, 1)[0].tolist() == [34] * 3     # no teacher
+    assert va.looks(loaded[1:], images[:3], None)[0].tolist() == [34] * 3   # there is no teacher
     last = read_metrics(runs[1])[-1]
     assert va.curriculum(loaded, path)["accuracy"]["cikd"][-1] == float(last["accuracy"])
     students, references = va.measure(loaded, images)
     assert [m["label"] for m in students + references] == [
-        "before training", "after ALI", "after LM", "scratch", "uniform", "surrogate, layer1",
+        "before training", "after ALI", "after LM", "scratch", "surrogate, layer1",
         "surrogate, layer2"]
     far = float(last["attention_distance"])
     assert float(students[2]["distance"].mean()) == pytest.approx(far, abs=1e-4)
@@ -1199,10 +1199,30 @@ def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     assert list(frames) == [0, 1, 2, 3]
     assert torch.allclose(frames[3], students[2]["kernels"], atol=2e-3)     # snapshots are fp16
 
+def test_the_explorer_holds_the_maps_and_distances_of_the_models(runs, tmp_path):
+    loaded = [va.load_run(r) for r in (runs[1], runs[0])]
+    images, path = va.run_images(loaded[0], None, None)[0][:4], tmp_path / "explorer.html"
+    va.explorer(loaded, images, list("abcd"), path)
+    assert path.stat().st_size < 1e6
+    data = json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
+    maps = torch.frombuffer(bytearray(base64.b64decode(data["maps"])), dtype=torch.uint8)
+    maps = maps.view(*data["shape"], 64) / 255              # [n, blocks, panels, H, N, N]
+    distances = torch.tensor(data["distances"]).view(data["shape"])
+    assert data["shape"] == [4, 2, 5, 4, 64]                # surrogate, 3 stages, scratch
+    x, student = cikd.to_float(images), loaded[0].students["after LM"]
+    for panel, block, want in ((0, 1, va.surrogate_maps(loaded[0], x, 2)),
+                               (3, 0, list(cikd.student_maps(student, x))[0])):
+        shown, top = maps[:, block, panel], want.amax(-1, keepdim=True)
+        assert ((shown - want / top).abs() <= 0.5 / 255 + 1e-5).all()
+        far = cikd.attention_distance(want)                 # [n, H], mean of all patches
+        assert torch.allclose(distances[:, block, panel].mean(-1), far, atol=1e-3)
+    png = torch.frombuffer(bytearray(base64.b64decode(data["images"][2])), dtype=torch.uint8)
+    assert torch.equal(torchvision.io.decode_png(png), images[2])
+
 def test_own_picture_and_a_moved_run(runs, tmp_path):
     shutil.copytree(runs[1].parent, tmp_path / "runs")
     Image.fromarray(np.full((50, 70, 3), 99, np.uint8)).save(tmp_path / "mine.jpg")
-    done = run_cli(tmp_path, "--image", "mine.jpg", "--format", "svg",
+    done = run_cli(tmp_path, "--image", "mine.jpg", "--format", "svg", "--html",
                    script="visualize_attention.py",                         # of the newest run
                    env=os.environ | {"MPLBACKEND": "module://nowhere"})
     assert done.returncode == 0 and len(list(tmp_path.glob("runs/*/figures/*.svg"))) == 5
@@ -1214,8 +1234,8 @@ def test_own_picture_and_a_moved_run(runs, tmp_path):
 
 @pytest.mark.parametrize("fault,says", [
     ("student.pt", "not a checkpoint"), ("settings.json", "another version"), ("gone", "No such"),
-    ("teacher", "is not the teacher"), ("--index 99", "--index"), ("--query 8,0", "--query"),
-    ("--block 6", "--block"), ("--head 4", "--head"), ("--image nowhere.png", "nowhere.png"),
+    ("teacher", "is not the teacher"), ("--index 99", "--index"), ("--query 8 0", "--query"),
+    ("--image nowhere.png", "nowhere.png"),
     ("--colour red", "--colour"), ("--gif", "no snapshots"), ("other", "other images")])
 def test_visualize_faults(fault, says, runs, tmp_path, capsys):
     shutil.copytree(runs[1].parent, tmp_path / "runs")
@@ -1241,7 +1261,7 @@ def test_visualize_faults(fault, says, runs, tmp_path, capsys):
 README, NOTEBOOK = [(HERE / name).read_text() for name in ("README.md", "figures/README.md")]
 
 def test_every_option_file_and_link_on_the_pages_exists():
-    known = {"help", "image", "index", "query", "block", "head", "gif", "html", "format",
+    known = {"help", "image", "index", "query", "gif", "html", "format",
              *(f.name for f in fields(cikd.Config))}
     options = re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README + NOTEBOOK)
     gone = {"crop_scale", "teacher_maps", "layer_decay",    # rows of results.csv name them

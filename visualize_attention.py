@@ -3,44 +3,39 @@
     python visualize_attention.py                       # the newest finished run under runs/
     python visualize_attention.py RUN [RUN ...]         # these, e.g. cikd, kd and scratch together
     python visualize_attention.py --image cat.jpg       # your own picture instead of test images
-    python visualize_attention.py --index 3 8 --query 2,5 --block 0 --head 1 --format pdf
+    python visualize_attention.py --index 3 8 --query 2 5 --format pdf --html
 
 The first run named (a cikd run, if there is one) is shown before training, after ALI and after LM,
-others at their end. "Attention": the student's softmax(q kᵀ / sqrt(d)) among patches alone: CLS is
-left out, as in ALI. The teacher, a ResNet, has none: its surrogate is shown.
+others at their end. CLS is left out of attention, as in ALI. Of the teacher its surrogate is shown.
 """
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import io
 import json
-import os
-import re
 import sys
 from pathlib import Path
+from string import Template
 from typing import NamedTuple
-
-if __name__ == "__main__":      # a notebook hands its own backend on to `!python`; we draw files
-    os.environ["MPLBACKEND"] = "agg"
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from torchvision.io import encode_png
 
 import cikd
 from cikd import need
 
-COLORS = {                                      # Okabe and Ito's palette; alike in all figures
-    "before training": "#999999", "after ALI": "#E69F00", "after LM": "#0072B2", "cikd": "#0072B2",
-    "joint": "#CC79A7", "kd": "#009E73", "scratch": "#D55E00", "twin": "#56B4E9"}
-SHADES = {"ALI": "#E69F00", "LM": "#0072B2"}    # the curriculum's stages, behind curves
+COLORS = {"before training": "#999999", "after ALI": "#E69F00", "after LM": "#0072B2",
+          "cikd": "#0072B2", "joint": "#CC79A7", "kd": "#009E73", "scratch": "#D55E00",
+          "twin": "#56B4E9"}                    # Okabe and Ito's palette, alike in all figures
 
 # %% 1. Runs: settings, models, images -------------------------------------------------------------
 class Run(NamedTuple):
@@ -57,7 +52,7 @@ class Run(NamedTuple):
 
 def newest_run(output_dir: str | Path = "runs") -> Path:
     """The finished run under `output_dir` with the newest student.pt. Raises CIKDError."""
-    found = sorted(Path(output_dir).glob("*/student.pt"), key=os.path.getmtime)
+    found = sorted(Path(output_dir).glob("*/student.pt"), key=lambda file: file.stat().st_mtime)
     need(found, f"{output_dir}: holds no finished run; make one with `python cikd.py`, or name one")
     return found[-1].parent
 
@@ -136,100 +131,87 @@ def facts_of(run: Run) -> str:
     """What a figure is of, for its small print."""
     cfg = run.cfg
     data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
-    teacher = f"teacher {cfg.teacher}, " if run.teacher else ""
-    return f"{data}, {cfg.student}, {teacher}{cfg.epochs} epochs, seed {cfg.seed}"
+    teacher = f", teacher {cfg.teacher}" * bool(run.teacher)
+    return f"{data}, {cfg.student}{teacher}, {cfg.epochs} epochs, seed {cfg.seed}"
 
 def measure(runs: list[Run], images: torch.Tensor) -> tuple[list[dict], list[dict]]:
-    """Summaries with label and accuracy (percent, or None): of each stage shown, and of references:
-    uniform attention and the surrogates that the first run's student imitated."""
-    first, N, students = runs[0], runs[0].grid ** 2, []
-    for run, label, student, color in stages_of(runs):
+    """Summaries with label and accuracy (percent, or None): of each stage shown, and of references,
+    the surrogates that the first run's student imitated."""
+    students, run = [], runs[0]
+    layers = sorted({layer for _, layer in run.pairs}) if run.teacher else []
+    for shown, label, student, color in stages_of(runs):
         epoch = {"before training": None, "after ALI": run.cfg.ali_epochs - 1}.get(label, -1)
-        accuracy = None if epoch is None else float(run.rows[epoch]["accuracy"])
+        accuracy = None if epoch is None else float(shown.rows[epoch]["accuracy"])
         students.append(dict(label=label, color=color, accuracy=accuracy)
                         | summary(images, lambda x: cikd.student_maps(student, x)))
-    found = {"uniform": summary(images[:1], lambda _: [torch.full((1, 1, N, N), 1 / N)])}
-    for layer in sorted({layer for _, layer in first.pairs}) if first.teacher else []:
-        maps = summary(images, lambda x: [surrogate_maps(first, x, layer)])
-        found[f"surrogate, layer{layer}"] = maps
-    return students, [dict(label=name, accuracy=None) | maps for name, maps in found.items()]
+    return students, [dict(label=f"surrogate, layer{layer}", accuracy=None) | summary(
+        images, lambda x: [surrogate_maps(run, x, layer)]) for layer in layers]
 
 def print_table(rows: list[dict]) -> None:
-    print(f"{'':20} accuracy  on itself  distance (patches): mean, then each block")
+    print(f"{'':20} accuracy  distance (patches): mean, then each block")
     for row in rows:
-        accuracy, centre = row["accuracy"], row["kernels"].shape[-1] // 2
-        itself = 100 * row["kernels"][..., centre, centre].mean()       # at offset (0, 0)
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1f} %"
         each = " ".join(f"{distance:.2f}" for distance in row["distance"].mean(1))
-        print(f"{row['label'][:20]:20} {'' if accuracy is None else f'{accuracy:.1f} %':>8} "
-              f"{itself:8.1f} %  {row['distance'].mean():.2f}   {each}")
+        print(f"{row['label'][:20]:20} {accuracy:>8}  {row['distance'].mean():.2f}   {each}")
 
-# %% 3. Figures ------------------------------------------------------------------------------------
+# %% 3. Figures -----------------------------------------------------------------------------------
 def draw(figure: Figure, path: Path, run: Run) -> None:
     """Write it as path's ending says, with a line of small print."""
-    height = 0.2 / figure.get_figheight()
-    figure.get_layout_engine().set(rect=(0, height, 1, 1 - height))
-    figure.text(0.995, 0.2 * height, facts_of(run), ha="right", fontsize=7.5, color="#555555")
+    figure.supxlabel(facts_of(run), x=0.99, ha="right", fontsize=7.5, color="#555555")
     memory = io.BytesIO()
     figure.savefig(memory, format=path.suffix[1:])
     cikd.save(path, memory.getvalue())
 
-def looks(runs: list[Run], images: torch.Tensor, query: int | None, block: int, head: int | None):
-    """Where one patch of each image looks: its number [n], {column: maps [n, g, g]}, their scale.
-    No `query`: the patch whose surrogate is most selective (lowest entropy), else a fixed one."""
+def looks(runs: list[Run], images: torch.Tensor, query: int | None) -> tuple[torch.Tensor, dict]:
+    """Where one patch of each image looks in the last block that imitates, mean of heads: its
+    number [n], {column: maps [n, g, g]}. No `query`: the patch whose surrogate is most selective
+    (lowest entropy), without a teacher a fixed one."""
     run, grid, x, whole = runs[0], runs[0].grid, cikd.to_float(images), {}
-    layer = dict(run.pairs).get(block)
-    if run.teacher and layer:
-        whole[f"surrogate, layer{layer}"] = surrogate_maps(run, x, layer)
-    for _, label, student, _ in stages_of(runs):
-        maps = (maps for i, maps in enumerate(cikd.student_maps(student, x)) if i == block)
-        whole[label] = next(maps)
-    whole = {name: maps.mean(1) if head is None else maps[:, head] for name, maps in whole.items()}
+    block, layer = run.pairs[-1]
     chosen = torch.full((len(x),), grid * grid // 2 + grid // 4 if query is None else query)
-    if query is None and run.teacher and layer:
-        surrogate = next(iter(whole.values()))                              # [n, N, N]
-        chosen = torch.xlogy(surrogate, surrogate).sum(-1).argmax(1)
-    columns = {name: maps[torch.arange(len(x)), chosen].unflatten(1, (grid, grid))
-               for name, maps in whole.items()}
-    top = np.quantile(torch.stack(list(columns.values())), 0.99)
-    return chosen, columns, Normalize(0, float(top))
+    if run.teacher:
+        whole[f"surrogate, layer{layer}"] = maps = surrogate_maps(run, x, layer).mean(1)
+        if query is None:
+            chosen = torch.xlogy(maps, maps).sum(-1).argmax(1)
+    for _, label, student, _ in stages_of(runs):
+        whole[label] = list(cikd.student_maps(student, x))[block].mean(1)   # [n, N, N]
+    return chosen, {name: maps[torch.arange(len(x)), chosen].unflatten(1, (grid, grid))
+                    for name, maps in whole.items()}
 
-def show(a, image: torch.Tensor, query: int, grid: int, maps=None, norm=None) -> None:
-    """An image [3, S, S] with its query patch framed; over it, if given, attention [g, g]."""
-    picture, extent = image.permute(1, 2, 0).numpy(), (0, grid, grid, 0)
-    if maps is None:
-        a.imshow(picture, extent=extent)
-    else:                                       # where there is little attention, the image
-        a.imshow(picture.mean(2) * 0.5, cmap="gray", vmin=0, vmax=255, extent=extent)
-        a.imshow(maps, cmap="magma", norm=norm, extent=extent,
-                 alpha=np.clip(0.2 + norm(maps.numpy()), 0, 0.95))
-    a.add_patch(Rectangle((query % grid, query // grid), 1, 1, fill=False, color="#56B4E9", lw=2))
-    a.set(xticks=[], yticks=[])
+def show(figure, images: torch.Tensor, queries: torch.Tensor, columns: dict) -> tuple:
+    """A row for each image: itself, its query patch framed, and over it each column's attention."""
+    grid = len(next(iter(columns.values()))[0])
+    norm = Normalize(0, float(np.quantile(torch.stack(list(columns.values())), 0.99)))
+    axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
+    for row, image, query, *maps in zip(axes, images, queries.tolist(), *columns.values()):
+        picture, extent = image.permute(1, 2, 0).numpy(), (0, grid, grid, 0)
+        row[0].imshow(picture, extent=extent)
+        for a, attention in zip(row[1:], maps):         # where there is little of it, the image
+            a.imshow(picture.mean(2) * 0.5, cmap="gray", vmin=0, vmax=255, extent=extent)
+            a.imshow(attention, cmap="magma", norm=norm, extent=extent,
+                     alpha=np.clip(0.2 + norm(attention.numpy()), 0, 0.95))
+        for a in row:
+            place = query % grid, query // grid
+            a.add_patch(Rectangle(place, 1, 1, fill=False, color="#56B4E9", linewidth=2))
+            a.set(xticks=[], yticks=[])
+    for a, name in zip(axes[0], ["image and query", *columns]):
+        a.set_title(name, fontsize=10)
+    return axes, norm
 
-def heatmaps(runs: list[Run], images: torch.Tensor, labels: torch.Tensor | None, path: Path,
-             query: int | None, block: int, head: int | None = None) -> dict:
+def heatmaps(runs: list[Run], images: torch.Tensor, captions: list[str], path: Path,
+             query: int | None) -> dict[str, torch.Tensor]:
     """Where a patch looks: surrogate and trained students. Returns {column: [n, g, g]}."""
-    run, grid = runs[0], runs[0].grid
-    queries, columns, norm = looks(runs, images, query, block, head)
+    queries, columns = looks(runs, images, query)
     columns.pop("before training")              # even, as the uniform value in the bar's label
-    with torch.no_grad():
-        p, predicted = list(run.students.values())[-1](cikd.to_float(images)).softmax(1).max(1)
     size = 1.7 * len(columns) + 4.2, 1.75 * len(images) + 1
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
-    for i, (image, place) in enumerate(zip(images, queries.tolist())):
-        text = "" if labels is None else f"true: {run.classes[int(labels[i])]}\n"
-        text += f"predicted by {run.cfg.method}:\n{run.classes[predicted[i]]} ({100 * p[i]:.0f} %)"
-        axes[i, 0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=10)
-        show(axes[i, 0], image, place, grid)
-        for a, maps in zip(axes[i, 1:], columns.values()):
-            show(a, image, place, grid, maps[i], norm)
-    for a, name in zip(axes[0], ["image and query", *columns]):
-        a.set_title(name, fontsize=11)
+    axes, norm = show(figure, images, queries, columns)
+    for a, caption in zip(axes[:, 0], captions):
+        a.set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=10)
     bar = figure.colorbar(ScalarMappable(norm, "magma"), ax=axes, shrink=0.9, extend="max")
-    bar.set_label(f"attention\n(uniform: {1 / grid ** 2:.3f})", fontsize=9)
-    heads = "mean of heads" if head is None else f"head {head}"
-    figure.suptitle(f"Where the framed patch looks: block {block}, {heads}", fontsize=13)
-    draw(figure, path, run)
+    bar.set_label(f"attention\n(uniform: {1 / runs[0].grid ** 2:.3f})", fontsize=9)
+    figure.suptitle(f"Where the framed patch looks: block {runs[0].pairs[-1][0]}", fontsize=13)
+    draw(figure, path, runs[0])
     return columns
 
 def distances(students: list[dict], references: list[dict], path: Path, run: Run) -> None:
@@ -249,57 +231,49 @@ def distances(students: list[dict], references: list[dict], path: Path, run: Run
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     draw(figure, path, run)
 
-def mosaic(a, panel: torch.Tensor):
-    """Kernels [blocks, H, 2g-1, 2g-1], blocks downwards, heads to the right, on a logarithmic
-    colour scale, so that no centre is cut off. Returns the image drawn, for a colour bar."""
-    blocks, heads, side, _ = panel.shape
-    tiles = torch.nn.functional.pad(panel, (1, 1, 1, 1), value=float("nan"))    # gaps
-    tiles = tiles.permute(0, 2, 1, 3).reshape(blocks * (side + 2), heads * (side + 2))
-    a.set(xticks=(np.arange(heads) + 0.5) * (side + 2) - 0.5, xticklabels=range(heads),
-          yticks=(np.arange(blocks) + 0.5) * (side + 2) - 0.5, yticklabels=range(blocks))
-    a.tick_params(length=0)
-    return a.imshow(tiles, cmap="magma", norm=LogNorm(1e-3, 1, clip=True))
-
-def kernels(panels: dict[str, torch.Tensor], tile: float = 0.75) -> Figure:
-    """A figure of the mosaic of each panel, side by side."""
+def kernels(panels: dict[str, torch.Tensor], figure=None) -> Figure:
+    """For each panel its kernels [blocks, H, 2g-1, 2g-1], blocks downwards, heads to the right, on
+    one logarithmic colour scale, so that no centre is cut off."""
     blocks, heads, side, _ = next(iter(panels.values())).shape
-    figure = Figure(figsize=(tile * heads * len(panels) + 1.9, tile * blocks + 1.1),
-                    layout="constrained")
+    tile = min(0.75, 10 / (heads * len(panels)))
+    size = tile * heads * len(panels) + 1.9, tile * blocks + 1.2
+    figure = figure or Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for a, (name, panel) in zip(axes, panels.items()):
-        drawn = mosaic(a, panel)
-        a.set(title=name, xlabel="head")
+        tiles = torch.nn.functional.pad(panel, (1, 1, 1, 1), value=float("nan"))    # gaps
+        mosaic = tiles.permute(0, 2, 1, 3).reshape(blocks * (side + 2), heads * (side + 2))
+        drawn = a.imshow(mosaic, cmap="magma", norm=LogNorm(1e-3, 1, clip=True))
+        a.set(xlabel="head", xticks=(np.arange(heads) + 0.5) * (side + 2) - 0.5,
+              xticklabels=range(heads), yticks=(np.arange(blocks) + 0.5) * (side + 2) - 0.5,
+              yticklabels=range(blocks))
+        a.set_title(name, fontsize=10)
+        a.tick_params(length=0)
     axes[0].set_ylabel("block")
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="min")
-    uniform = 4 / (side + 1) ** 2
-    bar.set_label(f"mean attention at this offset,\nlogarithmic (uniform: {uniform:.3f})")
-    figure.suptitle(f"each tile: query in its centre, edges {side // 2} patches away", fontsize=9)
+    bar.set_label(f"mean attention, logarithmic\n(uniform: {4 / (side + 1) ** 2:.3f})", fontsize=9)
+    figure.suptitle(f"query in a tile's centre, its edges {side // 2} patches away", fontsize=10)
     return figure
 
-def curves(a, runs: list[Run], name: str, skip_zeros: bool = False) -> dict[str, list[float]]:
+def curves(a, runs: list[Run], name: str) -> dict[str, list[float]]:
     """A column of metrics.csv by epoch, over the first run's stages. Returns {run: values}."""
-    cfg, drawn = runs[0].cfg, {}
+    cfg, drawn, chance = runs[0].cfg, {}, 100 / len(runs[0].classes)
     others = stages_of(runs)[len(runs[0].students):]
     for run, label, _, color in [(runs[0], cfg.method, None, COLORS[cfg.method]), *others]:
         drawn[label] = [float(row[name]) for row in run.rows]
-        epochs = [i for i, value in enumerate(drawn[label]) if value or not skip_zeros]
+        epochs = [i for i, value in enumerate(drawn[label]) if value]       # a stage's loss, or 0
         a.plot(np.add(epochs, 1), [drawn[label][i] for i in epochs], color=color, linewidth=2,
                label=label, marker="o" if len(epochs) == 1 else None)
     longest = max(len(run.rows) for run in runs)
     a.set(xlabel="epoch", xlim=(1, max(2, longest)))
     a.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     a.grid(alpha=0.3)
-    if cfg.method == "cikd":
-        spans = {"ALI": (1, cfg.ali_epochs + 0.5), "LM": (cfg.ali_epochs + 0.5, cfg.epochs)}
-        for stage, (begin, end) in spans.items():
-            a.axvspan(begin, end, color=SHADES[stage], alpha=0.1, linewidth=0)
-            a.text((begin + end) / 2, 0.98, stage, transform=a.get_xaxis_transform(), ha="center",
-                   va="top", fontsize=9, color="#555555")
+    switch, end = cfg.ali_epochs + 0.5, cfg.epochs
+    for stage, x, to in (("ALI", 1, switch), ("LM", switch, end)) if cfg.method == "cikd" else ():
+        a.axvspan(x, to, color=COLORS[f"after {stage}"], alpha=0.1, linewidth=0)
+        a.text((x + to) / 2, 0.98, stage, transform=a.get_xaxis_transform(), ha="center", va="top")
     if name == "accuracy":
-        chance = 100 / len(runs[0].classes)
         a.axhline(chance, color="black", linestyle=":", linewidth=1)
-        a.annotate("chance", (longest, chance), (-2, 2), textcoords="offset points", ha="right",
-                   fontsize=8)
+        a.text(longest, chance, "chance ", ha="right", va="bottom", fontsize=8)
         a.set_ylim(bottom=0)
     return drawn
 
@@ -308,25 +282,22 @@ def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]
     panels = {"ali": "ALI, training (nats)", "ce": "cross-entropy, training (nats)",
               "dkd": "DKD, training (nats)", "accuracy": "test accuracy (%)",
               "attention_distance": "attention distance (patches)"}
-    above = [name for name in ("ali", "ce", "dkd")
-             if any(float(row[name]) for run in runs for row in run.rows)]
-    figure = Figure(figsize=(9, 5.8), layout="constrained")
-    axes = figure.subplot_mosaic([[name for name in above for _ in range(6 // len(above))],
-                                  ["accuracy"] * 3 + ["attention_distance"] * 3])
-    drawn = {}
-    for name, a in axes.items():
-        drawn[name] = curves(a, runs, name, skip_zeros=name in above)
-        a.set_title(panels[name], fontsize=10)
-    figure.legend(*a.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure, drawn = Figure(figsize=(10, 5.6), layout="constrained"), {}
+    axes = figure.subplots(2, 3)
+    for (name, title), a in zip(panels.items(), axes.flat):
+        drawn[name] = curves(a, runs, name)
+        a.set_title(title, fontsize=10)
+    axes[1, 2].axis("off")
+    axes[1, 2].legend(*a.get_legend_handles_labels(), loc="center")
     figure.suptitle("The curriculum, epoch by epoch (shaded: its stages)", fontsize=12)
     draw(figure, path, runs[0])
     return drawn
 
 def scheme(a) -> None:
     """The method in two drawings: ALI, LM."""
-    for left, stage, title in ((0, "ALI", "Stage 1, ALI: learn where to look (no labels)"),
-                               (10.4, "LM", "Stage 2, LM: learn what to say")):
-        a.add_patch(Rectangle((left, 0), 9.6, 4, color=SHADES[stage], alpha=0.1, linewidth=0))
+    for left, stage, title in ((0, "after ALI", "Stage 1, ALI: learn where to look (no labels)"),
+                               (10.4, "after LM", "Stage 2, LM: learn what to say")):
+        a.add_patch(Rectangle((left, 0), 9.6, 4, color=COLORS[stage], alpha=0.1, linewidth=0))
         a.text(left + 0.2, 3.6, title, fontsize=11, weight="bold", va="center")
     for x, y, text in (
             (1.2, 2.5, "CNN teacher\n(frozen)"), (4.7, 2.5, "maps: patches that\nlook alike to it"),
@@ -336,67 +307,133 @@ def scheme(a) -> None:
             (11.6, 0.8, "ViT student"), (18.3, 0.8, "cross-entropy\nwith the labels")):
         a.text(x, y, text, ha="center", va="center", fontsize=10,
                bbox=dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor="#555555"))
-    for *begin, x, y in ((2.1, 2.5, 3.2, 2.5), (2.1, 0.8, 3.4, 0.8), (6.2, 2.3, 7.4, 1.9),
-                         (6, 1, 7.4, 1.4), (12.5, 2.5, 14.1, 2.5), (12.5, 0.8, 14.1, 0.8),
+    for *begin, x, y in ((2.1, 2.5, 3.4, 2.5), (2.1, 0.8, 3.4, 0.8), (6.1, 2.3, 7.4, 1.9),
+                         (6.1, 1, 7.4, 1.4), (12.5, 2.5, 14.1, 2.5), (12.5, 0.8, 14.1, 0.8),
                          (15.1, 2.5, 17.3, 2.5), (15.1, 0.8, 17.3, 0.8), (15.1, 1, 17.3, 2.2)):
         a.annotate("", (x, y), begin, arrowprops=dict(arrowstyle="->", color="#555555"))
-    a.annotate("", (10.4, 2), (9.6, 2), arrowprops=dict(arrowstyle="simple", color="#555555"))
     a.set(xlim=(0, 20), ylim=(0, 4))
     a.axis("off")
 
-def overview(runs: list[Run], students: list[dict], image: torch.Tensor, path: Path,
-             query: int | None, block: int, head: int | None) -> None:
+def overview(runs: list[Run], few: list[Run], students: list[dict], image: torch.Tensor,
+             query: int | None, path: Path) -> None:
     """One page for a slide: the scheme; one image [1, 3, S, S]; kernels; accuracy by epoch."""
-    run, grid = runs[0], runs[0].grid
-    few = [run, *(other for other in runs[1:] if other.cfg.method == "scratch")]
-    queries, columns, norm = looks(few, image, query, block, head)
-    figure = Figure(figsize=(12, 9.4), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.3, 2.6, 4.2))
+    figure = Figure(figsize=(12, 9.6), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.3, 2.6, 4.4))
     scheme(top.subplots())
     top.suptitle("CIKD: a CNN teaches a Vision Transformer, from easy to difficult", fontsize=14)
-    axes = middle.subplots(1, len(columns) + 1)
-    for a, (name, maps) in zip(axes, {"image and query patch": None, **columns}.items()):
-        show(a, image[0], int(queries[0]), grid, None if maps is None else maps[0], norm)
-        a.set_title(name, fontsize=10)
-    middle.suptitle(f"Where the framed patch looks (block {block})", fontsize=11)
-    left, right = bottom.subfigures(1, 2, width_ratios=(1.15, 1))
-    for a, m in zip(left.subplots(1, len(run.students), squeeze=False)[0], students):
-        mosaic(a, m["kernels"])
-        a.set_title(m["label"], fontsize=10)
-        a.set(xlabel="head", ylabel="block" if m is students[0] else None)
-    left.suptitle("Attention by offset from the query (a tile's centre)", fontsize=11)
+    show(middle, image, *looks(few, image, query))
+    middle.suptitle(f"Where the framed patch looks (block {runs[0].pairs[-1][0]})", fontsize=10)
+    left, right = bottom.subfigures(1, 2, width_ratios=(1.2, 1))
+    kernels({m["label"]: m["kernels"] for m in students[:len(runs[0].students)]}, left)
     upper, lower = right.subplots(2, 1, height_ratios=(2, 1))
     curves(upper, runs, "accuracy")
     upper.set_ylabel("test accuracy (%)")
-    methods, ends = zip(*((r.cfg.method, float(r.rows[-1]["accuracy"])) for r in runs))
+    methods, ends = zip(*((run.cfg.method, float(run.rows[-1]["accuracy"])) for run in runs))
     bars = lower.barh(range(len(runs)), ends, 0.6, color=[COLORS[method] for method in methods])
     lower.bar_label(bars, fmt=" %.1f %%", fontsize=9)
     lower.set(yticks=range(len(runs)), yticklabels=methods, xlim=(0, 115), xticks=range(0, 101, 20),
               ylim=(max(2, len(runs)) - 0.5, -0.5), xlabel="test accuracy after the last epoch (%)")
-    draw(figure, path, run)
+    draw(figure, path, runs[0])
 
 def locality_gif(run: Run, images: torch.Tensor, path: Path) -> dict[int, torch.Tensor]:
     """The kernels epoch by epoch, from what --snapshot-every kept. Returns {epoch: kernels}."""
     files = sorted((run.folder / "snapshots").glob("epoch_*.pt"))
     need(files, f"{run.folder}: holds no snapshots for --gif; train with --snapshot-every 1")
-    student, frames = cikd.build_student(run.cfg, len(run.classes)).eval(), {}
-    for file in [run.folder / "student_init.pt", *files]:
+    student, frames, pictures = cikd.build_student(run.cfg, len(run.classes)).eval(), {}, []
+    for epoch, file in enumerate([run.folder / "student_init.pt", *files]):
         cikd.load(file, student)
-        epoch = int(file.stem[6:]) if file in files else 0
-        frames[epoch] = summary(images, lambda x: cikd.student_maps(student, x))["kernels"]
-    pictures = []
-    for epoch, frame in frames.items():
+        epoch = int(file.stem[6:]) if epoch else 0
         stage = run.rows[epoch - 1]["stage"] if epoch else "before training"
-        canvas = FigureCanvasAgg(kernels({f"epoch {epoch}: {stage}": frame}))
-        canvas.figure.dpi = 80
-        canvas.draw()
-        pictures.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+        frames[epoch] = summary(images, lambda x: cikd.student_maps(student, x))["kernels"]
+        memory = io.BytesIO()
+        kernels({f"epoch {epoch}: {stage}": frames[epoch]}).savefig(memory, dpi=80)
+        pictures.append(Image.open(memory).convert("RGB"))
     memory = io.BytesIO()
     pictures[0].save(memory, "GIF", save_all=True, append_images=pictures[1:], duration=400, loop=0)
     cikd.save(path, memory.getvalue())
     return frames
 
-# %% 4. Command line -------------------------------------------------------------------------------
+# %% 4. Explorer: a page for the seminar room -----------------------------------------------------
+PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Where does a patch look?</title><style>
+  body { font: 16px/1.4 sans-serif; max-width: 1000px; margin: 1em auto; padding: 0 1em }
+  main { display: flex; flex-wrap: wrap; gap: 16px } figure { margin: 0; text-align: center }
+  figure div { position: relative; height: 224px } figcaption { width: 224px; white-space: pre }
+  img, canvas { position: absolute; left: 0; width: 224px; image-rendering: pixelated }
+  canvas { cursor: crosshair } figure + figure img { filter: grayscale(1) brightness(0.4) }</style>
+<h1>Where does a patch look?</h1>
+<p>Move over a patch, or click it. Bright is much attention: each map is scaled by its own
+maximum. The distance is how far this patch looks on average, in patches. <i>$FACTS</i></p>
+<p>image <select>$IMAGES</select> block <select>$BLOCKS</select> head <select>$HEADS</select></p>
+<main>$PANELS</main>
+<script type="application/json" id="data">$DATA</script>
+<script>
+const data = JSON.parse(document.getElementById("data").textContent), grid = data.grid;
+const maps = Uint8Array.from(atob(data.maps), character => character.charCodeAt(0));
+const selects = [...document.querySelectorAll("select")], step = 224 / grid;
+let query = data.query;
+function draw() {
+  const [image, block, head] = selects.map(select => select.selectedIndex);
+  document.querySelectorAll("figure").forEach((figure, i) => {
+    const context = figure.querySelector("canvas").getContext("2d");
+    figure.querySelector("img").src = "data:image/png;base64," + data.images[image];
+    let text = data.captions[image];
+    context.clearRect(0, 0, 224, 224);
+    if (i > 0) {                        // after the image itself come the panels
+      const at = [image, block, i - 1, head, query].reduce((sum, k, d) => sum * data.shape[d] + k);
+      maps.slice(at * grid ** 2, (at + 1) * grid ** 2).forEach((value, key) => {
+        context.fillStyle = `rgba(255, 220, 90, ${value / 255})`;
+        context.fillRect(key % grid * step, Math.floor(key / grid) * step, step, step);
+      });
+      text = `distance ${data.distances[at].toFixed(2)}`;
+    }
+    figure.querySelector("span").textContent = text;
+    Object.assign(context, {strokeStyle: "#56B4E9", lineWidth: 3});
+    context.strokeRect(query % grid * step, Math.floor(query / grid) * step, step, step);
+  });
+}
+function look(event) {
+  const place = offset => Math.min(grid - 1, Math.floor(Math.max(0, offset) / step));
+  query = place(event.offsetY) * grid + place(event.offsetX);
+  draw();
+}
+document.querySelectorAll("canvas").forEach(canvas => canvas.onpointermove = canvas.onclick = look);
+selects.forEach(select => select.onchange = draw);
+draw();
+</script>
+"""
+
+def explorer(runs: list[Run], images: torch.Tensor, captions: list[str], path: Path) -> None:
+    """A page that works offline: where each patch looks, in the blocks that imitate. Its maps
+    [images, blocks, panels, H, N, N] are 8 bits, each scaled by its own maximum; at most 1 MB."""
+    run, grid, x, layers = runs[0], runs[0].grid, cikd.to_float(images), dict(runs[0].pairs)
+    panels = {}                                 # name: colour, [n, H, N, N] of each block
+    if run.teacher:
+        found = [surrogate_maps(run, x, layer) for layer in layers.values()]
+        panels["teacher's surrogate"] = "black", found
+    for _, label, student, color in stages_of(runs):
+        panels[label] = color, [list(cikd.student_maps(student, x))[block] for block in layers]
+    maps = torch.stack([torch.stack(found, 1) for _, found in panels.values()], 2)
+    maps = maps[:max(1, 680_000 // maps[0].numel())]            # base64 needs a third more
+    place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
+    far = (maps * torch.cdist(place, place)).sum(-1).flatten().tolist()
+    pictures = [base64.b64encode(encode_png(image).numpy()).decode() for image in images]
+    data = dict(
+        grid=grid, query=grid * grid // 2 + grid // 4, shape=maps.shape[:5], captions=captions,
+        images=pictures[:len(maps)], distances=[round(distance, 3) for distance in far],
+        maps=base64.b64encode((255 * maps / maps.amax(-1, True)).round().byte().numpy()).decode())
+    figure = ('<figure><div><img><canvas width="224" height="224"></canvas></div><figcaption>'
+              '<b style="color: {}">{}</b><br><span></span></figcaption></figure>')
+    page = Template(PAGE).safe_substitute(
+        FACTS=facts_of(run), IMAGES="".join(f"<option>{i + 1}" for i in range(len(maps))),
+        BLOCKS="".join(f"<option>{b}, imitates layer{layer}" for b, layer in layers.items()),
+        HEADS="".join(f"<option>{i}" for i in range(run.cfg.heads)),
+        PANELS=figure.format("black", "image") + "".join(
+            figure.format(color, name) for name, (color, _) in panels.items()),
+        DATA=json.dumps(data).replace("<", "\\u003c"))
+    cikd.save(path, page.encode())
+
+# %% 5. Command line -------------------------------------------------------------------------------
 def visualize(args: argparse.Namespace) -> Path:
     """All figures of the runs named. Returns their folder. Raises CIKDError."""
     runs = [load_run(folder) for folder in args.runs or [newest_run()]]
@@ -406,13 +443,8 @@ def visualize(args: argparse.Namespace) -> Path:
         need((run.images_hash, run.grid, run.cfg.student, run.cfg.heads)
              == (first.images_hash, grid, cfg.student, cfg.heads),
              f"{run.folder}: has other images, patches or heads than {first.folder}; show it alone")
-    last, block = cikd.STUDENTS[cfg.student]["depth"] - 1, args.block
-    block = first.pairs[-1][0] if block is None else block
-    need(0 <= block <= last, f"--block: must be from 0 to {last}")
-    need(0 <= (args.head or 0) < cfg.heads, f"--head: must be from 0 to {cfg.heads - 1}")
-    given = re.fullmatch(r"(\d{1,4}),(\d{1,4})", args.query or "0,0")
-    row, column = [int(part) for part in given.groups()] if given else (grid, grid)
-    need(max(row, column) < grid, f"--query: must be ROW,COL, both from 0 to {grid - 1}")
+    row, column = args.query or (0, 0)
+    need(0 <= min(row, column) <= max(row, column) < grid, f"--query: must be below {grid}")
     query = row * grid + column if args.query else None
     images, labels = run_images(first, args.image, args.data_dir)
     index = args.index or [0]
@@ -422,24 +454,28 @@ def visualize(args: argparse.Namespace) -> Path:
     out = Path(args.output_dir or first.folder / "figures").expanduser()
     students, references = measure(runs, images)
     print_table(references + students)
-    if args.image:
-        with torch.no_grad():
-            p = list(first.students.values())[-1](cikd.to_float(images)).softmax(1)[0]
-        best = [f"{first.classes[i]} {100 * p[i]:.1f} %" for i in p.argsort(descending=True)[:3]]
-        print(f"{args.image}: {', '.join(best)}")
-    scratch = [run for run in runs[1:] if run.cfg.method == "scratch"]
-    few = [first, *scratch] if scratch else runs
-    labels, images_shown = labels if labels is None else labels[index], images[index]
+    with torch.no_grad():
+        p = list(first.students.values())[-1](cikd.to_float(images[index])).softmax(1)
+    captions = []
+    for i, chance in zip(index, p):
+        best = chance.argsort(descending=True)[:3]
+        said = [f"{first.classes[k]} {100 * chance[k]:.1f} %" for k in best]
+        true = "" if labels is None else f"true: {first.classes[int(labels[i])]}\n"
+        captions.append(f"{true}{cfg.method}: {said[0]}")
+        if args.image:
+            print(f"{args.image}: {', '.join(said)}")
+    few = [first, *(run for run in runs[1:] if run.cfg.method == "scratch")]
     def file(name):
         return out / f"{name}.{args.format}"
-    look = query, block, args.head
-    overview(runs, students, images_shown[:1], file("summary"), *look)
-    heatmaps(few, images_shown, labels, file("heatmaps"), *look)
-    kept = {label for _, label, _, _ in stages_of(few)}
-    distances([m for m in students if m["label"] in kept], references[1:], file("distance"), first)
+    overview(runs, few, students, images[index][:1], query, file("summary"))
+    heatmaps(few, images[index], captions, file("heatmaps"), query)
+    kept = [m for m in students if m["label"] in (*first.students, "scratch")]
+    distances(kept, references, file("distance"), first)
     panels = {m["label"]: m["kernels"] for m in students[:len(first.students)]}
-    draw(kernels(panels, tile=min(0.75, 10 / (cfg.heads * len(panels)))), file("kernels"), first)
+    draw(kernels(panels), file("kernels"), first)
     curriculum(runs, file("curriculum"))
+    if args.html:
+        explorer(runs, images[index], captions, out / "explorer.html")
     if args.gif:
         locality_gif(first, images, out / "locality.gif")
     print(f"see {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
@@ -452,12 +488,11 @@ def main(argv: list[str] | None = None) -> int:
     add("runs", nargs="*", metavar="RUN", help="folders of runs [the newest under runs/]")
     add("--image", metavar="FILE", help="draw everything, averages too, from this picture")
     add("--index", type=int, nargs="+", metavar="I", help="test images [one of four classes]")
-    add("--query", metavar="ROW,COL", help="query patch [where the surrogate is most selective]")
-    add("--block", type=int, help="block of the heatmaps [the last that ALI taught]")
-    add("--head", type=int, help="head of the heatmaps, from 0 [mean of all]")
+    add("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="patch [a selective one]")
     add("--data-dir", metavar="DIR", help="where the run's images lie now [where they lay]")
     add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures]")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures [png]")
+    add("--html", action="store_true", help="also explorer.html: see where any patch looks")
     add("--gif", action="store_true", help="also locality.gif; needs --snapshot-every")
     return cikd.run_command("visualize_attention", lambda: visualize(parser.parse_args(argv)))
 
