@@ -661,14 +661,15 @@ def batches(data: Data, cfg: Config, world: int = 1):
 
 # %% 8. Training: teacher and student take the same path -------------------------------------------
 RANK, WORLD = 0, 1                      # this process and their number; several by torchrun only
-if dist.is_torchelastic_launched():
+if dist.is_available() and dist.is_torchelastic_launched():
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 def average(tensors: list[torch.Tensor]) -> None:
     """What DistributedDataParallel does: each tensor becomes its mean over the processes."""
     flat = nn.utils.parameters_to_vector(tensors)               # one message instead of many
     dist.all_reduce(flat)                                       # the sum, in every process
-    nn.utils.vector_to_parameters(flat / WORLD, tensors)
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(total.view_as(tensor) / WORLD)             # a copy, so that `flat` is freed
 
 def save(path: Path, content) -> None:
     """Write rows (.csv), values (.json), tensors (.pt) or bytes, as `path` ends: first beside it,
@@ -950,8 +951,7 @@ def train_many(cfg: Config) -> list[dict]:
     for method in methods:
         values = [r["accuracy"] for r in results if r["method"] == method]
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        accuracy = f"{statistics.mean(values):.1f}{spread}"
-        print(f"{method:8}  {accuracy:12}  {len(values):5}")
+        print(f"{method:8}  {statistics.mean(values):.1f}{spread:8}  {len(values):5}")
     print(f"see {path}", flush=True)
     return results
 
@@ -977,15 +977,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 def join_processes(cfg: Config) -> None:
-    """By torchrun: meet the other processes, one for each GPU. Only the first one prints."""
+    """By torchrun: meet the others, one for each GPU; wait while the first trains the teacher."""
     need(not (cfg.compare or cfg.seeds or cfg.method == "teacher"), "torchrun shares the batches "
          "of one student: run --compare, --seeds and --method teacher by python")
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 0
+    local = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else None
     if gpus:
-        local = int(os.environ["LOCAL_RANK"])
-        need(local < gpus, f"torchrun: --nproc-per-node is above the {gpus} GPUs here")
+        need(local.index < gpus, f"torchrun: --nproc-per-node is above the {gpus} GPUs here")
         torch.cuda.set_device(local)            # "cuda" is this one from here on
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(weeks=9))
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(weeks=9), device_id=local)
     if RANK:
         sys.stdout = open(os.devnull, "w")
         dist.barrier()          # the first process goes ahead: download, teacher, first files
@@ -998,8 +998,8 @@ def run_command(prog: str, body) -> int:
         print("\nstopped; the same command (without --overwrite) goes on", flush=True)
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
-        if WORLD > 1:           # one line is enough: torchrun ends those who wait here
-            time.sleep(3 * (RANK + isinstance(error, RuntimeError)))
+        if WORLD > 1:           # the cause speaks first; torchrun ends those who wait here
+            time.sleep(10 * (RANK + isinstance(error, RuntimeError)))
         message = one_line(error)
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = "out of memory; use a smaller --batch-size, --image-size or --train-size"

@@ -6,7 +6,7 @@
     python visualize_attention.py --index 3 8 --query 2 5 --format pdf --html
 
 The first run named (a cikd run, if there is one) is shown before training, after ALI and after LM,
-others at their end. CLS is left out of attention, as in ALI. Of the teacher its surrogate is shown.
+others at their end; heatmaps and distances show only scratch of them. CLS is left out, as in ALI.
 """
 from __future__ import annotations
 
@@ -28,14 +28,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from torchvision.io import encode_png
 
 import cikd
 from cikd import need
 
 COLORS = {"before training": "#999999", "after ALI": "#E69F00", "after LM": "#0072B2",
           "cikd": "#0072B2", "joint": "#CC79A7", "kd": "#009E73", "scratch": "#D55E00",
-          "twin": "#56B4E9"}                    # Okabe and Ito's palette, alike in all figures
+          "twins": ("#56B4E9", "#F0E442", "#000000")}           # Okabe, Ito; alike in all figures
 
 # %% 1. Runs: settings, models, images -------------------------------------------------------------
 class Run(NamedTuple):
@@ -123,8 +122,8 @@ def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, s
              for name, student in runs[0].students.items()]
     for i, run in enumerate(runs[1:], 1):
         twin, last = methods.count(methods[i]) > 1, list(run.students.values())[-1]
-        label = methods[i] + f" {i + 1}, {run.folder.name[-20:]}" * twin
-        shown.append((run, label, last, COLORS["twin" if twin else methods[i]]))
+        label = methods[i] + f"\n{run.folder.name[-20:]}" * twin
+        shown.append((run, label, last, COLORS["twins"][i % 3] if twin else COLORS[methods[i]]))
     return shown
 
 def facts_of(run: Run) -> str:
@@ -155,19 +154,22 @@ def print_table(rows: list[dict]) -> None:
         print(f"{row['label'][:20]:20} {accuracy:>8}  {row['distance'].mean():.2f}   {each}")
 
 # %% 3. Figures -----------------------------------------------------------------------------------
+def written(save, *args, **kwargs) -> bytes:                # what save(file, ...) writes
+    memory = io.BytesIO()
+    save(memory, *args, **kwargs)
+    return memory.getvalue()
+
 def draw(figure: Figure, path: Path, run: Run) -> None:
     """Write it as path's ending says, with a line of small print."""
     figure.supxlabel(facts_of(run), x=0.99, ha="right", fontsize=7.5, color="#555555")
-    memory = io.BytesIO()
-    figure.savefig(memory, format=path.suffix[1:])
-    cikd.save(path, memory.getvalue())
+    cikd.save(path, written(figure.savefig, format=path.suffix[1:]))
 
 def looks(runs: list[Run], images: torch.Tensor, query: int | None) -> tuple[torch.Tensor, dict]:
     """Where one patch of each image looks in the last block that imitates, mean of heads: its
     number [n], {column: maps [n, g, g]}. No `query`: the patch whose surrogate is most selective
     (lowest entropy), without a teacher a fixed one."""
     run, grid, x, whole = runs[0], runs[0].grid, cikd.to_float(images), {}
-    block, layer = run.pairs[-1]
+    block, layer = max(run.pairs)
     chosen = torch.full((len(x),), grid * grid // 2 + grid // 4 if query is None else query)
     if run.teacher:
         whole[f"surrogate, layer{layer}"] = maps = surrogate_maps(run, x, layer).mean(1)
@@ -202,15 +204,15 @@ def heatmaps(runs: list[Run], images: torch.Tensor, captions: list[str], path: P
              query: int | None) -> dict[str, torch.Tensor]:
     """Where a patch looks: surrogate and trained students. Returns {column: [n, g, g]}."""
     queries, columns = looks(runs, images, query)
-    columns.pop("before training")              # even, as the uniform value in the bar's label
+    columns.pop("before training", None)        # even, as the uniform value in the bar's label
     size = 1.7 * len(columns) + 4.2, 1.75 * len(images) + 1
     figure = Figure(figsize=size, layout="constrained")
     axes, norm = show(figure, images, queries, columns)
     for a, caption in zip(axes[:, 0], captions):
-        a.set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=10)
+        a.set_ylabel(caption, rotation=0, ha="right", va="center", parse_math=False)
     bar = figure.colorbar(ScalarMappable(norm, "magma"), ax=axes, shrink=0.9, extend="max")
     bar.set_label(f"attention\n(uniform: {1 / runs[0].grid ** 2:.3f})", fontsize=9)
-    figure.suptitle(f"Where the framed patch looks: block {runs[0].pairs[-1][0]}", fontsize=13)
+    figure.suptitle(f"Where the framed patch looks: block {max(runs[0].pairs)[0]}", fontsize=13)
     draw(figure, path, runs[0])
     return columns
 
@@ -301,7 +303,7 @@ def scheme(a) -> None:
         a.text(left + 0.2, 3.6, title, fontsize=11, weight="bold", va="center")
     for x, y, text in (
             (1.2, 2.5, "CNN teacher\n(frozen)"), (4.7, 2.5, "maps: patches that\nlook alike to it"),
-            (1.2, 0.8, "ViT student"), (4.7, 0.8, "attention of its\nfirst and last block"),
+            (1.2, 0.8, "ViT student"), (4.7, 0.8, "attention of its\nblocks"),
             (8.2, 1.65, "KL: imitate\nthe maps"), (11.6, 2.5, "CNN teacher\n(frozen)"),
             (14.6, 2.5, "logits"), (18.3, 2.5, "DKD: imitate\nthe logits"), (14.6, 0.8, "logits"),
             (11.6, 0.8, "ViT student"), (18.3, 0.8, "cross-entropy\nwith the labels")):
@@ -322,16 +324,17 @@ def overview(runs: list[Run], few: list[Run], students: list[dict], image: torch
     scheme(top.subplots())
     top.suptitle("CIKD: a CNN teaches a Vision Transformer, from easy to difficult", fontsize=14)
     show(middle, image, *looks(few, image, query))
-    middle.suptitle(f"Where the framed patch looks (block {runs[0].pairs[-1][0]})", fontsize=10)
+    middle.suptitle(f"Where the framed patch looks (block {max(runs[0].pairs)[0]})", fontsize=10)
     left, right = bottom.subfigures(1, 2, width_ratios=(1.2, 1))
     kernels({m["label"]: m["kernels"] for m in students[:len(runs[0].students)]}, left)
     upper, lower = right.subplots(2, 1, height_ratios=(2, 1))
     curves(upper, runs, "accuracy")
     upper.set_ylabel("test accuracy (%)")
-    methods, ends = zip(*((run.cfg.method, float(run.rows[-1]["accuracy"])) for run in runs))
-    bars = lower.barh(range(len(runs)), ends, 0.6, color=[COLORS[method] for method in methods])
+    ends = [float(run.rows[-1]["accuracy"]) for run in runs]
+    colors, names = zip(*((line.get_color(), line.get_label()) for line in upper.lines[:len(runs)]))
+    bars = lower.barh(range(len(runs)), ends, 0.6, color=colors)
     lower.bar_label(bars, fmt=" %.1f %%", fontsize=9)
-    lower.set(yticks=range(len(runs)), yticklabels=methods, xlim=(0, 115), xticks=range(0, 101, 20),
+    lower.set(yticks=range(len(runs)), yticklabels=names, xlim=(0, 115), xticks=range(0, 101, 20),
               ylim=(max(2, len(runs)) - 0.5, -0.5), xlabel="test accuracy after the last epoch (%)")
     draw(figure, path, runs[0])
 
@@ -345,12 +348,10 @@ def locality_gif(run: Run, images: torch.Tensor, path: Path) -> dict[int, torch.
         epoch = int(file.stem[6:]) if epoch else 0
         stage = run.rows[epoch - 1]["stage"] if epoch else "before training"
         frames[epoch] = summary(images, lambda x: cikd.student_maps(student, x))["kernels"]
-        memory = io.BytesIO()
-        kernels({f"epoch {epoch}: {stage}": frames[epoch]}).savefig(memory, dpi=80)
-        pictures.append(Image.open(memory).convert("RGB"))
-    memory = io.BytesIO()
-    pictures[0].save(memory, "GIF", save_all=True, append_images=pictures[1:], duration=400, loop=0)
-    cikd.save(path, memory.getvalue())
+        picture = written(kernels({f"epoch {epoch}: {stage}": frames[epoch]}).savefig, dpi=80)
+        pictures.append(Image.open(io.BytesIO(picture)).convert("RGB"))
+    cikd.save(path, written(pictures[0].save, "GIF", save_all=True, append_images=pictures[1:],
+                            duration=400, loop=0))
     return frames
 
 # %% 4. Explorer: a page for the seminar room -----------------------------------------------------
@@ -358,7 +359,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="wi
 <title>Where does a patch look?</title><style>
   body { font: 16px/1.4 sans-serif; max-width: 1000px; margin: 1em auto; padding: 0 1em }
   main { display: flex; flex-wrap: wrap; gap: 16px } figure { margin: 0; text-align: center }
-  figure div { position: relative; height: 224px } figcaption { width: 224px; white-space: pre }
+  figure div { position: relative; height: 224px } figcaption { width: 14em; white-space: pre-wrap }
   img, canvas { position: absolute; left: 0; width: 224px; image-rendering: pixelated }
   canvas { cursor: crosshair } figure + figure img { filter: grayscale(1) brightness(0.4) }</style>
 <h1>Where does a patch look?</h1>
@@ -371,7 +372,6 @@ maximum. The distance is how far this patch looks on average, in patches. <i>$FA
 const data = JSON.parse(document.getElementById("data").textContent), grid = data.grid;
 const maps = Uint8Array.from(atob(data.maps), character => character.charCodeAt(0));
 const selects = [...document.querySelectorAll("select")], step = 224 / grid;
-let query = data.query;
 function draw() {
   const [image, block, head] = selects.map(select => select.selectedIndex);
   document.querySelectorAll("figure").forEach((figure, i) => {
@@ -380,7 +380,7 @@ function draw() {
     let text = data.captions[image];
     context.clearRect(0, 0, 224, 224);
     if (i > 0) {                        // after the image itself come the panels
-      const at = [image, block, i - 1, head, query].reduce((sum, k, d) => sum * data.shape[d] + k);
+      const at = [image, block, i - 1, head, data.query].reduce((n, k, d) => n * data.shape[d] + k);
       maps.slice(at * grid ** 2, (at + 1) * grid ** 2).forEach((value, key) => {
         context.fillStyle = `rgba(255, 220, 90, ${value / 255})`;
         context.fillRect(key % grid * step, Math.floor(key / grid) * step, step, step);
@@ -389,12 +389,12 @@ function draw() {
     }
     figure.querySelector("span").textContent = text;
     Object.assign(context, {strokeStyle: "#56B4E9", lineWidth: 3});
-    context.strokeRect(query % grid * step, Math.floor(query / grid) * step, step, step);
+    context.strokeRect(data.query % grid * step, Math.floor(data.query / grid) * step, step, step);
   });
 }
 function look(event) {
   const place = offset => Math.min(grid - 1, Math.floor(Math.max(0, offset) / step));
-  query = place(event.offsetY) * grid + place(event.offsetX);
+  data.query = place(event.offsetY) * grid + place(event.offsetX);
   draw();
 }
 document.querySelectorAll("canvas").forEach(canvas => canvas.onpointermove = canvas.onclick = look);
@@ -405,7 +405,7 @@ draw();
 
 def explorer(runs: list[Run], images: torch.Tensor, captions: list[str], path: Path) -> None:
     """A page that works offline: where each patch looks, in the blocks that imitate. Its maps
-    [images, blocks, panels, H, N, N] are 8 bits, each scaled by its own maximum; at most 1 MB."""
+    [n, blocks, panels, H, N, N] are 8 bits, each scaled by its own maximum; n: what 1 MB holds."""
     run, grid, x, layers = runs[0], runs[0].grid, cikd.to_float(images), dict(runs[0].pairs)
     panels = {}                                 # name: colour, [n, H, N, N] of each block
     if run.teacher:
@@ -417,7 +417,8 @@ def explorer(runs: list[Run], images: torch.Tensor, captions: list[str], path: P
     maps = maps[:max(1, 680_000 // maps[0].numel())]            # base64 needs a third more
     place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
     far = (maps * torch.cdist(place, place)).sum(-1).flatten().tolist()
-    pictures = [base64.b64encode(encode_png(image).numpy()).decode() for image in images]
+    pictures = [Image.fromarray(image.numpy()) for image in images.permute(0, 2, 3, 1)]
+    pictures = [base64.b64encode(written(image.save, "PNG")).decode() for image in pictures]
     data = dict(
         grid=grid, query=grid * grid // 2 + grid // 4, shape=maps.shape[:5], captions=captions,
         images=pictures[:len(maps)], distances=[round(distance, 3) for distance in far],
@@ -426,7 +427,7 @@ def explorer(runs: list[Run], images: torch.Tensor, captions: list[str], path: P
               '<b style="color: {}">{}</b><br><span></span></figcaption></figure>')
     page = Template(PAGE).safe_substitute(
         FACTS=facts_of(run), IMAGES="".join(f"<option>{i + 1}" for i in range(len(maps))),
-        BLOCKS="".join(f"<option>{b}, imitates layer{layer}" for b, layer in layers.items()),
+        BLOCKS="".join(f"<option>{b}, beside layer{layer}" for b, layer in layers.items()),
         HEADS="".join(f"<option>{i}" for i in range(run.cfg.heads)),
         PANELS=figure.format("black", "image") + "".join(
             figure.format(color, name) for name, (color, _) in panels.items()),
@@ -462,14 +463,13 @@ def visualize(args: argparse.Namespace) -> Path:
         said = [f"{first.classes[k]} {100 * chance[k]:.1f} %" for k in best]
         true = "" if labels is None else f"true: {first.classes[int(labels[i])]}\n"
         captions.append(f"{true}{cfg.method}: {said[0]}")
-        if args.image:
-            print(f"{args.image}: {', '.join(said)}")
+        print(f"{args.image or f'test image {i}'}: {', '.join(said)}")
     few = [first, *(run for run in runs[1:] if run.cfg.method == "scratch")]
     def file(name):
         return out / f"{name}.{args.format}"
     overview(runs, few, students, images[index][:1], query, file("summary"))
     heatmaps(few, images[index], captions, file("heatmaps"), query)
-    kept = [m for m in students if m["label"] in (*first.students, "scratch")]
+    kept = students[:len(first.students)] + [m for m in students if m["label"][:7] == "scratch"]
     distances(kept, references, file("distance"), first)
     panels = {m["label"]: m["kernels"] for m in students[:len(first.students)]}
     draw(kernels(panels), file("kernels"), first)
