@@ -316,7 +316,7 @@ def scheme(a) -> None:
     a.set(xlim=(0, 20), ylim=(0, 4))
     a.axis("off")
 
-def overview(runs: list[Run], few: list[Run], students: list[dict], image: torch.Tensor,
+def overview(runs: list[Run], few: list[Run], panels: dict, image: torch.Tensor,
              query: int | None, path: Path) -> None:
     """One page for a slide: the scheme; one image [1, 3, S, S]; kernels; accuracy by epoch."""
     figure = Figure(figsize=(12, 9.6), layout="constrained")
@@ -326,7 +326,7 @@ def overview(runs: list[Run], few: list[Run], students: list[dict], image: torch
     show(middle, image, *looks(few, image, query))
     middle.suptitle(f"Where the framed patch looks (block {max(runs[0].pairs)[0]})", fontsize=10)
     left, right = bottom.subfigures(1, 2, width_ratios=(1.2, 1))
-    kernels({m["label"]: m["kernels"] for m in students[:len(runs[0].students)]}, left)
+    kernels(panels, left)
     upper, lower = right.subplots(2, 1, height_ratios=(2, 1))
     curves(upper, runs, "accuracy")
     upper.set_ylabel("test accuracy (%)")
@@ -409,19 +409,19 @@ def explorer(runs: list[Run], images: torch.Tensor, captions: list[str], path: P
     run, grid, x, layers = runs[0], runs[0].grid, cikd.to_float(images), dict(runs[0].pairs)
     panels = {}                                 # name: colour, [n, H, N, N] of each block
     if run.teacher:
-        found = [surrogate_maps(run, x, layer) for layer in layers.values()]
-        panels["teacher's surrogate"] = "black", found
+        panels["teacher's surrogate"] = "#000", [surrogate_maps(run, x, i) for i in layers.values()]
     for _, label, student, color in stages_of(runs):
-        panels[label] = color, [list(cikd.student_maps(student, x))[block] for block in layers]
+        found = {i: maps for i, maps in enumerate(cikd.student_maps(student, x)) if i in layers}
+        panels[label] = color, [found[block] for block in layers]
     maps = torch.stack([torch.stack(found, 1) for _, found in panels.values()], 2)
     maps = maps[:max(1, 680_000 // maps[0].numel())]            # base64 needs a third more
     place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
     far = (maps * torch.cdist(place, place)).sum(-1).flatten().tolist()
-    pictures = [Image.fromarray(image.numpy()) for image in images.permute(0, 2, 3, 1)]
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:len(maps)]]
     pictures = [base64.b64encode(written(image.save, "PNG")).decode() for image in pictures]
     data = dict(
         grid=grid, query=grid * grid // 2 + grid // 4, shape=maps.shape[:5], captions=captions,
-        images=pictures[:len(maps)], distances=[round(distance, 3) for distance in far],
+        images=pictures, distances=[round(distance, 3) for distance in far],
         maps=base64.b64encode((255 * maps / maps.amax(-1, True)).round().byte().numpy()).decode())
     figure = ('<figure><div><img><canvas width="224" height="224"></canvas></div><figcaption>'
               '<b style="color: {}">{}</b><br><span></span></figcaption></figure>')
@@ -467,11 +467,11 @@ def visualize(args: argparse.Namespace) -> Path:
     few = [first, *(run for run in runs[1:] if run.cfg.method == "scratch")]
     def file(name):
         return out / f"{name}.{args.format}"
-    overview(runs, few, students, images[index][:1], query, file("summary"))
+    panels = {m["label"]: m["kernels"] for m in students[:len(first.students)]}
+    overview(runs, few, panels, images[index][:1], query, file("summary"))
     heatmaps(few, images[index], captions, file("heatmaps"), query)
     kept = students[:len(first.students)] + [m for m in students if m["label"][:7] == "scratch"]
     distances(kept, references, file("distance"), first)
-    panels = {m["label"]: m["kernels"] for m in students[:len(first.students)]}
     draw(kernels(panels), file("kernels"), first)
     curriculum(runs, file("curriculum"))
     if args.html:
