@@ -205,8 +205,7 @@ def heatmaps(runs: list[Run], images: torch.Tensor, captions: list[str], path: P
     """Where a patch looks: surrogate and trained students. Returns {column: [n, g, g]}."""
     queries, columns = looks(runs, images, query)
     columns.pop("before training", None)        # even, as the uniform value in the bar's label
-    size = 1.7 * len(columns) + 4.2, 1.75 * len(images) + 1
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure((1.7 * len(columns) + 4.2, 1.75 * len(images) + 1), layout="constrained")
     axes, norm = show(figure, images, queries, columns)
     for a, caption in zip(axes[:, 0], captions):
         a.set_ylabel(caption, rotation=0, ha="right", va="center", parse_math=False)
@@ -363,8 +362,8 @@ PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="wi
   img, canvas { position: absolute; left: 0; width: 224px; image-rendering: pixelated }
   canvas { cursor: crosshair } figure + figure img { filter: grayscale(1) brightness(0.4) }</style>
 <h1>Where does a patch look?</h1>
-<p>Move over a patch, or click it. Bright is much attention: each map is scaled by its own
-maximum. The distance is how far this patch looks on average, in patches. <i>$FACTS</i></p>
+<p>Move over a patch. A click keeps it, another lets it go. Bright is much attention: each map is
+scaled by its own maximum. Distance: how far this patch looks on average, in patches. <i>$FACTS</i>
 <p>image <select>$IMAGES</select> block <select>$BLOCKS</select> head <select>$HEADS</select></p>
 <main>$PANELS</main>
 <script type="application/json" id="data">$DATA</script>
@@ -393,6 +392,8 @@ function draw() {
   });
 }
 function look(event) {
+  if (event.type == "click") data.kept = !data.kept;
+  else if (data.kept) return;
   const place = offset => Math.min(grid - 1, Math.floor(Math.max(0, offset) / step));
   data.query = place(event.offsetY) * grid + place(event.offsetX);
   draw();
@@ -459,8 +460,7 @@ def visualize(args: argparse.Namespace) -> Path:
         p = list(first.students.values())[-1](cikd.to_float(images[index])).softmax(1)
     captions = []
     for i, chance in zip(index, p):
-        best = chance.argsort(descending=True)[:3]
-        said = [f"{first.classes[k]} {100 * chance[k]:.1f} %" for k in best]
+        said = [f"{first.classes[k]} {100 * chance[k]:.1f} %" for k in (-chance).argsort()[:3]]
         true = "" if labels is None else f"true: {first.classes[int(labels[i])]}\n"
         captions.append(f"{true}{cfg.method}: {said[0]}")
         print(f"{args.image or f'test image {i}'}: {', '.join(said)}")
@@ -492,7 +492,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data-dir", metavar="DIR", help="where the run's images lie now [where they lay]")
     add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures]")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures [png]")
-    add("--html", action="store_true", help="also explorer.html: see where any patch looks")
+    add("--html", action="store_true", help="also explorer.html: where any patch looks, up to 1 MB")
     add("--gif", action="store_true", help="also locality.gif; needs --snapshot-every")
     return cikd.run_command("visualize_attention", lambda: visualize(parser.parse_args(argv)))
 
