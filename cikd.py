@@ -500,8 +500,8 @@ def prepare(image: Image.Image | str | Path, size: int) -> torch.Tensor:
 
 def decode(get, n: int, size: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """get(i) -> PIL image, label of n -> uint8 [n, 3, size, size], int64 [n]. Raises CIKDError."""
-    images, labels = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n).long()
-    broken = []
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
+    labels, broken = torch.empty(n).long(), []
 
     def one(i):
         try:
@@ -528,7 +528,6 @@ def read_folder(cfg: Config, test: bool) -> tuple[torch.Tensor, torch.Tensor, li
     """(images, labels, classes) of DIR/train, or of DIR/test, val or valid. Raises CIKDError."""
     def class_folders(path):
         return sorted(p.name for p in path.glob("[!.]*") if p.is_dir())
-
     where, names = Path(cfg.data_dir), ["test", "val", "valid"] if test else ["train"]
     path = next((where / name for name in names if class_folders(where / name)), where / names[0])
     here, classes = class_folders(path), class_folders(where / "train")
@@ -703,8 +702,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict:
             model.load_state_dict(content)
         return content
     except Exception as error:                  # torch raises whatever a broken file leads to
-        raise CIKDError(f"{path}: not a checkpoint that fits; check the model's name, the sizes of "
-                        f"image and patch and the classes ({one_line(error)[:250]})") from None
+        raise CIKDError(f"{path}: missing or not a checkpoint that fits; check the model, image "
+                        f"and patch size and the classes ({one_line(error)[:250]})") from None
 
 def seed_torch(*parts) -> None:
     """Seed torch from (seed, model, epoch), so that going on needs no state of a generator."""
@@ -716,7 +715,7 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size=500) -> float:
+def evaluate(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, batch_size=100) -> float:
     """Top-1 accuracy, percent, in evaluation mode, on uint8 images [n, 3, S, S]."""
     model, correct = model.eval(), 0
     for x, y in zip(images.split(batch_size), labels.split(batch_size)):
@@ -807,7 +806,7 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
         seconds, weights = time.monotonic() - start, model.state_dict()
         need(log.isfinite().all() and all(t.isfinite().all() for t in weights.values()),
              f"{stage.name}, epoch {epoch + 1}: the loss or a weight is not finite; {folder} keeps "
-             "the epoch before; a smaller --lr (of a teacher: --method teacher --lr) usually helps")
+             "the epoch before, if any; try a smaller --lr (for a teacher: --teacher-checkpoint)")
         if RANK:                                # the first process alone measures and writes
             continue
         loss, ali, ce, dkd = log.mean(0).tolist()
@@ -845,7 +844,8 @@ def get_teacher(cfg: Config, data: Data) -> tuple[ResNetTeacher, Path]:
         path = Path(train(replace(cfg, **own), data)["folder"]) / "teacher.pt"
     teacher = build_teacher(cfg, len(data.classes), data.train[0].device)
     load(path, teacher)
-    print(f"teacher: {path}, accuracy {evaluate(teacher, *data.test):.1f} %", flush=True)
+    if cfg.teacher_checkpoint:
+        print(f"teacher: {path}, accuracy {evaluate(teacher, *data.test):.1f} %", flush=True)
     return teacher.eval().requires_grad_(False), Path(path)     # BatchNorm keeps its statistics
 
 def train(cfg: Config, data: Data | None = None) -> dict:
@@ -875,8 +875,8 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         if not home.exists():                   # two jobs may want it: each trains its own, beside
             folder = home.with_name(f"{home.name}.part-{hash_of(cfg.run_name.encode())[:8]}")
     final = folder / f"{what}.pt"
-    old = ("last.pt", f"{what}*.pt", "metrics.csv", "snapshots/*.pt") * (cfg.overwrite and not RANK)
-    for file in [file for pattern in old for file in folder.glob(pattern)]:
+    old = "last.pt", f"{what}*.pt", "metrics.csv", "snapshots/*.pt"
+    for file in [f for pattern in old for f in folder.glob(pattern) if cfg.overwrite and not RANK]:
         file.unlink()                           # only now that all else is there
     if final.exists() or (folder / "last.pt").exists():
         stored = json.loads((folder / "settings.json").read_text())
@@ -924,11 +924,11 @@ def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
     return model
 
 def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Config]:
-    """A finished run's student in evaluation mode, its classes and settings. Raises CIKDError."""
+    """A finished run's student in evaluation mode, its classes, settings. CIKDError, OSError."""
     folder = Path(folder).expanduser()
     facts = json.loads((folder / "settings.json").read_text())
     need({*RESULT_SETTINGS, "classes", "teacher_hash"} <= facts.keys(),
-         f"{folder}: is of another version of cikd.py; use that, or train again with --overwrite")
+         f"{folder}: is a teacher, or of another version of cikd.py; train again with --overwrite")
     cfg = Config(**{f.name: facts[f.name] for f in fields(Config) if f.name in facts})
     student = build_student(cfg, len(facts["classes"])).eval()
     load(folder / "student.pt", student)
@@ -1003,7 +1003,7 @@ def run_command(prog: str, body) -> int:
         message = one_line(error)
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = "out of memory; use a smaller --batch-size, --image-size or --train-size"
-        elif "torch._dynamo" in type(error).__module__ or "torch.compile" in message:
+        elif re.search(r"torch(\._dynamo|\._inductor|\.compile)", type(error).__module__ + message):
             message = f"--compile: torch.compile failed ({message[:150]} ...); use --compile off"
         elif isinstance(error, RuntimeError):
             raise                               # ours to mend: keep the traceback

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch._inductor.exc import InductorError
 
 import cikd
 import visualize_attention as va
@@ -928,7 +929,7 @@ def together(cwd, *argv, first=""):
 def test_two_processes_give_what_one_gives_even_after_a_kill(tmp_path, monkeypatch):
     done = torchrun(tmp_path, *SHARED, "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("teacher: ") == 1 == done.stdout.count("LM        4/4")
+    assert done.stdout.count("teacher, seed") == 1 == done.stdout.count("LM        4/4")
     monkeypatch.chdir(tmp_path)
     assert cikd.main([*SHARED, "one"]) == 0
     assert equal(*(cikd.load(teacher_of(Path(n, "run"))) for n in ("one", "two")))  # BatchNorm
@@ -976,7 +977,7 @@ def test_other_settings_images_or_teachers_do_not_go_on(tiny, capsys, monkeypatc
     weights = cikd.load(path)
     cikd.save(path, weights | {"fc.bias": weights["fc.bias"] + 1})
     assert "teacher_hash" in fails(capsys, *there)
-    with pytest.raises(cikd.CIKDError, match="teacher.pt: not a checkpoint"):
+    with pytest.raises(cikd.CIKDError, match="teacher.pt: missing or not a checkpoint"):
         path.write_bytes(b"junk")
         cikd.train(replace(tiny, run_name="mine", overwrite=True))      # nothing is removed yet
     cikd.save(path, weights)
@@ -1053,7 +1054,7 @@ def test_own_teacher_and_its_refusals(tiny, tmp_path, capsys, monkeypatch):
         torch.save(content, tmp_path / "other.pt")
         assert says in fails(capsys, *args, tmp_path / "other.pt")
     (tmp_path / "cut.pt").write_bytes(mine.read_bytes()[:5000])
-    assert "cut.pt: not a checkpoint" in fails(capsys, *args, tmp_path / "cut.pt")
+    assert "cut.pt: missing or not a checkpoint" in fails(capsys, *args, tmp_path / "cut.pt")
     assert not (tmp_path / "r").exists() and not (tmp_path / "owned").exists()
 
 def test_pretrained_weights_go_everywhere_but_the_classifier(tmp_path, monkeypatch):
@@ -1138,7 +1139,8 @@ def test_what_the_machine_lacks_is_said_plainly(monkeypatch, capsys):
     for error, says in ((MemoryError(), "--batch-size"), (OSError("no route"), "no route"),
                         (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
                         (RuntimeError("[enforce] can't allocate memory"), "--batch-size"),
-                        (RuntimeError("torch.compile is not supported"), "use --compile off")):
+                        (RuntimeError("torch.compile is not supported"), "use --compile off"),
+                        (InductorError(RuntimeError("no C compiler"), None), "--compile off")):
         monkeypatch.setattr(cikd, "train", lambda *_, e=error: (_ for _ in ()).throw(e))
         assert says in fails(capsys)
     monkeypatch.setattr(cikd, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
@@ -1192,6 +1194,8 @@ def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
     assert [m["label"] for m in students + references] == [
         "before training", "after ALI", "after LM", "scratch", "surrogate, layer1",
         "surrogate, layer2"]
+    names = {label for _, label, *_ in va.stages_of([loaded[0]] * 3)}
+    assert len(names) == 5                      # one run thrice: three stages, two told apart
     far = float(last["attention_distance"])
     assert float(students[2]["distance"].mean()) == pytest.approx(far, abs=1e-4)
     frames = va.locality_gif(loaded[0], images, tmp_path / "x.gif")

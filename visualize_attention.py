@@ -34,7 +34,7 @@ from cikd import need
 
 COLORS = {"before training": "#999999", "after ALI": "#E69F00", "after LM": "#0072B2",
           "cikd": "#0072B2", "joint": "#CC79A7", "kd": "#009E73", "scratch": "#D55E00",
-          "twins": ("#56B4E9", "#F0E442", "#000000")}           # Okabe, Ito; alike in all figures
+          "twins": ("#56B4E9", "#F0E442", "#000000", "#882255", "#44AA99")}     # Okabe, Ito; Tol
 
 # %% 1. Runs: settings, models, images -------------------------------------------------------------
 class Run(NamedTuple):
@@ -122,8 +122,8 @@ def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, s
              for name, student in runs[0].students.items()]
     for i, run in enumerate(runs[1:], 1):
         twin, last = methods.count(methods[i]) > 1, list(run.students.values())[-1]
-        label = methods[i] + f"\n{run.folder.name[-20:]}" * twin
-        shown.append((run, label, last, COLORS["twins"][i % 3] if twin else COLORS[methods[i]]))
+        label = methods[i] + f"\n{i}: {run.folder.name[-17:]}" * twin
+        shown.append((run, label, last, COLORS["twins"][i % 5] if twin else COLORS[methods[i]]))
     return shown
 
 def facts_of(run: Run) -> str:
@@ -150,8 +150,8 @@ def print_table(rows: list[dict]) -> None:
     print(f"{'':20} accuracy  distance (patches): mean, then each block")
     for row in rows:
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1f} %"
-        each = " ".join(f"{distance:.2f}" for distance in row["distance"].mean(1))
-        print(f"{row['label'][:20]:20} {accuracy:>8}  {row['distance'].mean():.2f}   {each}")
+        label, far = " ".join(row["label"].split())[-20:], row["distance"].mean(1)
+        print(f"{label:20} {accuracy:>8}  {far.mean():.2f}   " + " ".join(f"{x:.2f}" for x in far))
 
 # %% 3. Figures -----------------------------------------------------------------------------------
 def written(save, *args, **kwargs) -> bytes:                # what save(file, ...) writes
@@ -224,7 +224,7 @@ def distances(students: list[dict], references: list[dict], path: Path, run: Run
         axes.plot(np.repeat(place, values.shape[1]), values.reshape(-1), "o", color=m["color"],
                   alpha=0.45, markersize=4, markeredgewidth=0)
         axes.plot(place, values.mean(1), color=m["color"], linewidth=2, label=m["label"])
-    for m, style in zip(references, ("--", ":", "-.", (0, (1, 3)), (0, (5, 5)))):
+    for m, style in zip(references, ("--", ":", "-.", (0, (1, 3)))):
         far, name = float(m["distance"].mean()), m["label"]
         axes.axhline(far, color="black", linestyle=style, linewidth=1, label=f"{name}: {far:.2f}")
     axes.set(xlabel="block (dots: heads; lines: their mean; drawn side by side)", xticks=blocks,
@@ -261,7 +261,7 @@ def curves(a, runs: list[Run], name: str) -> dict[str, list[float]]:
     others = stages_of(runs)[len(runs[0].students):]
     for run, label, _, color in [(runs[0], cfg.method, None, COLORS[cfg.method]), *others]:
         drawn[label] = [float(row[name]) for row in run.rows]
-        epochs = [i for i, value in enumerate(drawn[label]) if value]       # a stage's loss, or 0
+        epochs = [i for i, value in enumerate(drawn[label]) if value or name == "accuracy"]
         a.plot(np.add(epochs, 1), [drawn[label][i] for i in epochs], color=color, linewidth=2,
                label=label, marker="o" if len(epochs) == 1 else None)
     longest = max(len(run.rows) for run in runs)
@@ -478,7 +478,7 @@ def visualize(args: argparse.Namespace) -> Path:
         explorer(runs, images[index], captions, out / "explorer.html")
     if args.gif:
         locality_gif(first, images, out / "locality.gif")
-    print(f"see {', '.join(sorted(p.name for p in out.iterdir()))} in {out}")
+    print(f"see {out}")
     return out
 
 def main(argv: list[str] | None = None) -> int:
@@ -487,7 +487,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of runs [the newest under runs/]")
     add("--image", metavar="FILE", help="draw everything, averages too, from this picture")
-    add("--index", type=int, nargs="+", metavar="I", help="test images [one of four classes]")
+    add("--index", type=int, nargs="+", metavar="I", help="test images [one each of four classes]")
     add("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="patch [a selective one]")
     add("--data-dir", metavar="DIR", help="where the run's images lie now [where they lay]")
     add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures]")
