@@ -236,8 +236,8 @@ def kernels(panels: dict[str, torch.Tensor], figure=None) -> Figure:
     """For each panel its kernels [blocks, H, 2g-1, 2g-1], blocks downwards, heads to the right, on
     one logarithmic colour scale, so that no centre is cut off."""
     blocks, heads, side, _ = next(iter(panels.values())).shape
-    tile = min(0.75, 10 / (heads * len(panels)))
-    size = tile * heads * len(panels) + 1.9, tile * blocks + 1.2
+    tile = min(0.75, 10 / (heads * len(panels)), 6 / blocks)
+    size = tile * heads * len(panels) + 2.9, tile * blocks + 1.2
     figure = figure or Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for a, (name, panel) in zip(axes, panels.items()):
