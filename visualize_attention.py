@@ -210,7 +210,7 @@ def heatmaps(runs: list[Run], images: torch.Tensor, captions: list[str], path: P
     for a, caption in zip(axes[:, 0], captions):
         a.set_ylabel(caption, rotation=0, ha="right", va="center", parse_math=False)
     bar = figure.colorbar(ScalarMappable(norm, "magma"), ax=axes, shrink=0.9, extend="max")
-    bar.set_label(f"attention\n(uniform: {1 / runs[0].grid ** 2:.3f})", fontsize=9)
+    bar.set_label(f"attention, mean of heads\n(uniform: {1 / runs[0].grid ** 2:.3f})", fontsize=9)
     figure.suptitle(f"Where the framed patch looks: block {max(runs[0].pairs)[0]}", fontsize=13)
     draw(figure, path, runs[0])
     return columns
@@ -227,7 +227,7 @@ def distances(students: list[dict], references: list[dict], path: Path, run: Run
     for m, style in zip(references, ("--", ":", "-.", (0, (1, 3)))):
         far, name = float(m["distance"].mean()), m["label"]
         axes.axhline(far, color="black", linestyle=style, linewidth=1, label=f"{name}: {far:.2f}")
-    axes.set(xlabel="block (dots: heads; lines: their mean; drawn side by side)", xticks=blocks,
+    axes.set(xlabel="block (dots: heads; lines: their mean)", xticks=blocks,
              ylabel="attention distance (patches)", title="How far the student looks, by depth")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     draw(figure, path, run)
@@ -252,7 +252,7 @@ def kernels(panels: dict[str, torch.Tensor], figure=None) -> Figure:
     axes[0].set_ylabel("block")
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="min")
     bar.set_label(f"mean attention, logarithmic\n(uniform: {4 / (side + 1) ** 2:.3f})", fontsize=9)
-    figure.suptitle(f"query in a tile's centre, its edges {side // 2} patches away", fontsize=10)
+    figure.suptitle(f"mean attention around a query; tiles end {side // 2} patches off", fontsize=10)
     return figure
 
 def curves(a, runs: list[Run], name: str) -> dict[str, list[float]]:
