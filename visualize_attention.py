@@ -252,7 +252,7 @@ def kernels(panels: dict[str, torch.Tensor], figure=None) -> Figure:
     axes[0].set_ylabel("block")
     bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="min")
     bar.set_label(f"mean attention, logarithmic\n(uniform: {4 / (side + 1) ** 2:.3f})", fontsize=9)
-    figure.suptitle(f"mean attention around a query; tiles end {side // 2} patches off", fontsize=10)
+    figure.suptitle(f"mean attention around a query (tiles: ±{side // 2} patches)", fontsize=10)
     return figure
 
 def curves(a, runs: list[Run], name: str) -> dict[str, list[float]]:
