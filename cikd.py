@@ -928,7 +928,7 @@ def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Conf
     folder = Path(folder).expanduser()
     facts = json.loads((folder / "settings.json").read_text())
     need({*RESULT_SETTINGS, "classes", "teacher_hash"} <= facts.keys(),
-         f"{folder}: is a teacher, or of another version of cikd.py; train again with --overwrite")
+         f"{folder}: is of another version of cikd.py or a teacher; name or train a student's run")
     cfg = Config(**{f.name: facts[f.name] for f in fields(Config) if f.name in facts})
     student = build_student(cfg, len(facts["classes"])).eval()
     load(folder / "student.pt", student)
