@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch._inductor.exc import InductorError
+from torch._inductor.exc import InvalidCxxCompiler
 
 import cikd
 import visualize_attention as va
@@ -1129,7 +1129,7 @@ def test_what_the_machine_lacks_is_said_plainly(monkeypatch, capsys):
                         (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
                         (RuntimeError("[enforce] can't allocate memory"), "--batch-size"),
                         (RuntimeError("torch.compile is not supported"), "use --compile off"),
-                        (InductorError(RuntimeError("no C compiler"), None), "--compile off")):
+                        (InvalidCxxCompiler(), "--compile off")):
         monkeypatch.setattr(cikd, "train", lambda *_, e=error: (_ for _ in ()).throw(e))
         assert says in fails(capsys)
     monkeypatch.setattr(cikd, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
