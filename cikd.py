@@ -609,8 +609,7 @@ def load_dataset(cfg: Config) -> Data:
          all(len(labels[cut].unique()) == len(classes) for cut in cuts if 0 < len(cut) < n),
          f"--train-size, --holdout: {n} images of {len(classes)} classes cannot give {size} to "
          f"train on and {held} to hold out, with two classes or more and all of them in both parts")
-    if held:
-        test = images[cuts[0]], labels[cuts[0]]
+    test = (images[cuts[0]], labels[cuts[0]]) if held else test
     if held or cfg.train_size:
         images, labels = images[cuts[1]], labels[cuts[1]]
     hashes = [hash_of(part.contiguous().numpy()) for part in (images, labels, *test)]
@@ -1018,6 +1017,7 @@ def main(argv: list[str] | None = None) -> int:
         for one, other in (("compare", "method"), ("seeds", "seed")):
             need(not {one, other} <= given.keys(), f"--{one}: contradicts --{other}; give one")
         cfg = Config(**given)
+        need(cfg.method != "teacher" or not cfg.seeds, "--seeds: of a teacher give --data-seed")
         if WORLD > 1:
             join_processes(cfg)
         (train_many if cfg.compare or cfg.seeds else train)(cfg)

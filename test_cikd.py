@@ -366,15 +366,15 @@ BAD = """--dataset mnist|--dataset  --method dino|--method  --student vit_huge|-
 --crop five|--crop  --relations kk|--relations  --device tpu|--device  --seed 1.5|--seed
 --seeds 0 -3|--seeds  --train-size 5|10 classes  --train-size 3001|3000 images
 --holdout 3000|--holdout  --image-size 30|evenly  --patch-size 32|2 x 2  --jitter -0.1|--jitter
---heads 5|does not divide  --heads 32|channels  --pairs 0:1,|--pairs
---drop-path 1|--drop-path  --teacher-epochs 0|--teacher-epochs
---ali-epochs 16|LM comes after  --epochs 1|LM comes after  --tau 0|--tau  --tau nan|--tau
---tau cold|--tau  --pairs 0:4|--pairs  --pairs 6:1|--pairs  --pairs first:1|--pairs
---pairs 0:1;1:2|--pairs  --dkd-beta -1|--dkd-beta  --dkd-temperature 0|--dkd-temperature
---epochs ten|--epochs  --batch-size 0|--batch-size  --lr 0|--lr  --warmup 2|--warmup
---run-name a/b|--run-name  --run-name ..|--run-name  --run-name a:b|--run-name
---pretrained-teacher|above 64 only  --teacher-checkpoint missing.pt|missing.pt  --epoch 3|--epoch
---compare --method kd|contradicts  --seeds 1 2 --seed 3|contradicts  extra|extra"""
+--heads 5|does not divide  --heads 32|channels  --pairs 0:1,|--pairs  --drop-path 1|--drop-path
+--teacher-epochs 0|--teacher-epochs  --ali-epochs 16|LM comes after  --epochs 1|LM comes after
+--tau 0|--tau  --tau nan|--tau  --method teacher --seeds 0 1|--data-seed  --pairs 0:4|--pairs
+--pairs 6:1|--pairs  --pairs first:1|--pairs  --pairs 0:1;1:2|--pairs  --dkd-beta -1|--dkd-beta
+--dkd-temperature 0|--dkd-temperature  --epochs ten|--epochs  --batch-size 0|--batch-size
+--lr 0|--lr  --warmup 2|--warmup  --run-name a/b|--run-name  --run-name ..|--run-name
+--run-name a:b|--run-name  --pretrained-teacher|above 64 only
+--teacher-checkpoint missing.pt|missing.pt  --epoch 3|--epoch  --compare --method kd|contradicts
+--seeds 1 2 --seed 3|contradicts  extra|extra"""
 
 @pytest.mark.parametrize("case", re.split(r"  |\n", BAD))
 def test_bad_arguments(case, capsys, tmp_path, monkeypatch):
