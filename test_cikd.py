@@ -1211,8 +1211,8 @@ def test_the_explorer_holds_the_maps_and_distances_of_the_models(runs, tmp_path)
     picture = Image.open(io.BytesIO(base64.b64decode(data["images"][2])))
     assert torch.equal(cikd.to_rgb(picture, 32), images[2])
 
-LOGITS = {"cikd": "2.36718 -.78751 .68508 -.00392 .19387 -.41817 -.92439 -.73276 .06369 -.33093",
-          "scratch": "4.1734 -1.0179 .90348 -.20609 -.92877 -.76494 -.37903 -.43436 .37722 -1.9307"}
+LOGITS = {"cikd": "3.0272 -.86584 1.2145 -.51038 -.10718 -1.2229 -.39582 -1.3515 -.01182 -1.1812",
+          "scratch": "3.6865 -.7617 1.3752 -.76905 -1.1845 -1.6467 -1.0436 -1.1973 .2081 -1.0072"}
 
 @pytest.mark.parametrize("name", LOGITS)
 def test_the_stored_weights_give_the_logits_that_they_gave(name):
