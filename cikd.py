@@ -74,7 +74,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))          # [B, N+1, H, d] -> [B, N+1, D]
 
 class Block(nn.Module):
-    """Pre-norm transformer block on x [B, N+1, D] and its qkv, attn.project(norm1(x))."""
+    """Pre-norm transformer block, x [B, N+1, D]. Its caller makes qkv, so that ALI can see it."""
     def __init__(self, width: int, heads: int, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
@@ -226,7 +226,7 @@ def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.
     T² (alpha TCKD + beta NCKD). TCKD: the label against the rest; NCKD: the rest among themselves.
     In log space, so that no gradient overflows: log(1 - p_y) is a logsumexp of the rest."""
     def split(z):   # -> log b [B, 2] = (log p_y, log(1 - p_y)), log r [B, K-1] of the other classes
-        z = (z if z.dtype == torch.float64 else z.float()) / temperature
+        z = z.float() / temperature
         column = torch.arange(z.shape[1] - 1, device=z.device)
         other = z.gather(1, column + (column >= labels[:, None]))   # [B, K-1]: all but the label's
         both = torch.stack([z.gather(1, labels[:, None])[:, 0], other.logsumexp(1)], 1)    # [B, 2]
@@ -282,8 +282,8 @@ def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epo
     teacher_logits, pairs = None, parse_pairs(cfg.pairs, cfg.student) if stage.ali else []
     ali = lm = ce = dkd = view.new_zeros(())            # what a stage does not learn stays 0
     if stage.ali or stage.logits:
-        with torch.no_grad():                           # in ALI only up to the last layer needed
-            teacher_logits, features = teacher.forward_taps(
+        with torch.no_grad():
+            teacher_logits, features = teacher.forward_taps(    # in ALI up to the last layer needed
                 view, [layer for _, layer in pairs], classify=stage.logits)
     if stage.ali and not stage.labels:                  # stage 1: in other colours than the teacher
         view = color_jitter(view, cfg.jitter)
@@ -302,7 +302,7 @@ def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epo
 
 # %% 6. Settings -----------------------------------------------------------------------------------
 class CIKDError(Exception):
-    """Something the user can mend. `main` prints it as one line and exits with code 2."""
+    """Something the user can mend. `run_command` prints it as one line; exit code 2."""
 
 def need(condition, message: str) -> None:
     if not condition:
@@ -336,7 +336,7 @@ class Config:
     compare: bool = setting(False, "run all but teacher; prints a table, keeps comparison.csv")
     seed: int = setting(0, "of the student, the order of images and the crops", 0, 1e9)
     seeds: tuple = setting(None, "repeat with each of these; mean and standard deviation", 0)
-    data_dir: str = setting("data", "for folder: DIR/{train,test|val|valid}/CLASS/*.png, .jpg, ...")
+    data_dir: str = setting("data", "of any set; folder: DIR/{train,test|val|valid}/CLASS/*.png")
     train_size: int = setting(None, "use only so many training images, class-balanced", 2)
     holdout: int = setting(None, "test on so many training images, left out: to choose settings", 2)
     data_seed: int = setting(0, "of shapes, both subsets and the teacher: what runs share", 0, 1e9)
@@ -373,10 +373,10 @@ class Config:
     overwrite: bool = setting(False, "start again where a run of this name lies")
 
 RUN_SETTINGS = ("compare", "seeds", "data_dir", "output_dir", "run_name", "snapshot_every",
-                "device", "compile", "overwrite")       # where and how; all others: what
+                "device", "compile", "overwrite")       # where and how; the others change results
 RESULT_SETTINGS = [f.name for f in fields(Config) if f.name not in RUN_SETTINGS]
 TEACHER_SETTINGS = ["dataset", "data_seed", "image_size", "crop", "teacher", "teacher_epochs",
-                    "pretrained_teacher", "batch_size", "lr", "warmup"]     # ... the teacher
+                    "pretrained_teacher", "batch_size", "lr", "warmup"]     # and the teacher
 
 def resolve(cfg: Config) -> Config:
     """A checked copy with every None filled in. Raises CIKDError that names the setting."""
@@ -404,7 +404,7 @@ def resolve(cfg: Config) -> Config:
          f"--patch-size: {patch} does not cut --image-size {side} evenly, into 2 x 2 or more")
     need(width % cfg.heads == 0 and cfg.heads <= TEACHERS[cfg.teacher][1],
          f"--heads: {cfg.heads} does not divide {width} or is above the teacher's layer1 channels")
-    need(cfg.ali_epochs < cfg.epochs or cfg.method != "cikd" and not cfg.compare,
+    need(cfg.ali_epochs < cfg.epochs or cfg.method != "cikd",
          f"--epochs: {cfg.epochs} must be above --ali-epochs, {cfg.ali_epochs}: LM comes after it")
     fits = cfg.teacher in ("resnet18", "resnet34") and side > 64 and not cfg.teacher_checkpoint
     need(fits or not cfg.pretrained_teacher, "--pretrained-teacher: fits --teacher resnet18 or "
@@ -412,7 +412,7 @@ def resolve(cfg: Config) -> Config:
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     need(there.get(cfg.device, True), f"--device: torch finds no {cfg.device}; use cpu or auto")
     depth, layers = STUDENTS[cfg.student]["depth"], len(TEACHERS[cfg.teacher][0])
-    need(re.fullmatch(r"((\d{1,3}|last):\d{1,3}(,(?!$)|$))+", cfg.pairs) and
+    need(re.fullmatch(r"((\d{1,3}|last):\d{1,3},)+", cfg.pairs + ",") and
          all(b < depth and 1 <= t <= layers for b, t in parse_pairs(cfg.pairs, cfg.student)),
          f"--pairs: {cfg.pairs!r} is not BLOCK:LAYER,..., blocks 0 to {depth - 1} or last, layers "
          f"1 to {layers}")
@@ -531,8 +531,8 @@ def read_folder(cfg: Config, test: bool) -> tuple[torch.Tensor, torch.Tensor, li
     where, names = Path(cfg.data_dir), ["test", "val", "valid"] if test else ["train"]
     path = next((where / name for name in names if class_folders(where / name)), where / names[0])
     here, classes = class_folders(path), class_folders(where / "train")
-    need(here, f"{path}: no class folders; --dataset folder reads train/CLASS/ and test/CLASS/ (or "
-         "val, valid) of --data-dir; without test images give --holdout")
+    need(here and len(classes) > 1, f"{path}: {len(here)} class folders; --dataset folder reads "
+         "two or more train/CLASS/ and test/CLASS/ (or val, valid); without test images --holdout")
     found = glob.glob(os.path.join(glob.escape(str(path)), "*", "**", "*"), recursive=True)
     found = [Path(file) for file in found if os.path.isfile(file)]
     endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif")
@@ -542,9 +542,8 @@ def read_folder(cfg: Config, test: bool) -> tuple[torch.Tensor, torch.Tensor, li
     names = [file.relative_to(path).parts[0] for file in files]
     wrong = set(here) - (set(classes) & set(names))
     need(not wrong, f"{path} or {where / 'train'}: has no images of {', '.join(sorted(wrong))}")
-    images, labels = decode(lambda i: (open_image(files[i]), classes.index(names[i])), len(files),
-                            cfg.image_size, str(path))
-    return images, labels, classes
+    return *decode(lambda i: (open_image(files[i]), classes.index(names[i])), len(files),
+                   cfg.image_size, str(path)), classes
 
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
 TRAIN_TEST = [dict(train=True)], [dict(train=False)]
@@ -605,10 +604,10 @@ def load_dataset(cfg: Config) -> Data:
     n, size = len(labels), cfg.train_size or len(labels) - held
     order = balanced_order(labels, cfg.data_seed) if size < n else torch.arange(n)
     cuts = [order[:held], order[held:held + size]]
-    need(len(classes) > 1 and 0 < size <= n - held and
+    need(0 < size <= n - held and
          all(len(labels[cut].unique()) == len(classes) for cut in cuts if 0 < len(cut) < n),
          f"--train-size, --holdout: {n} images of {len(classes)} classes cannot give {size} to "
-         f"train on and {held} to hold out, with two classes or more and all of them in both parts")
+         f"train on and {held} to hold out, with all of them in both parts")
     test = (images[cuts[0]], labels[cuts[0]]) if held else test
     if held or cfg.train_size:
         images, labels = images[cuts[1]], labels[cuts[1]]
@@ -653,9 +652,9 @@ def batches(data: Data, cfg: Config, world: int = 1):
         crops = draw_crops(len(order), cfg.image_size, cfg.crop).to(images.device)
     if RANK:                                    # draws its own colours and depths from here on
         torch.manual_seed(torch.initial_seed() + RANK)
-    for i in torch.arange(RANK, len(order), world, device=images.device).split(size // world):
-        view = to_float(images[order[i]], crops if crops is None else crops[i])
-        yield view, labels[order[i]]
+    for mine in torch.arange(RANK, len(order), world, device=images.device).split(size // world):
+        view = to_float(images[order[mine]], crops if crops is None else crops[mine])
+        yield view, labels[order[mine]]
 
 # %% 8. Training: teacher and student take the same path -------------------------------------------
 RANK, WORLD = 0, 1                      # this process and their number; several by torchrun only
@@ -943,7 +942,8 @@ def train_many(cfg: Config) -> list[dict]:
             name = cfg.run_name and f"{cfg.run_name}-{method}-seed{seed}"
             one = replace(cfg, method=method, seed=seed, seeds=None, compare=False, run_name=name)
             results.append(dict(method=method, seed=seed) | train(one, data))
-    name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds"))
+    name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds",
+                                seed="_".join(map(str, cfg.seeds or [cfg.seed]))))
     path = Path(results[0]["folder"]).parent / (cfg.run_name or name) / "comparison.csv"
     save(path, results)
     print("\nmethod    accuracy (%)  seeds")
@@ -997,7 +997,7 @@ def run_command(prog: str, body) -> int:
         print("\nstopped; the same command (without --overwrite) goes on", flush=True)
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
-        if WORLD > 1:           # the cause speaks first; torchrun ends those who wait here
+        if WORLD > 1:           # who caused it speaks first; torchrun ends those who wait
             time.sleep(10 * (RANK + isinstance(error, RuntimeError)))
         message = one_line(error)
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):

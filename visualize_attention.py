@@ -135,7 +135,7 @@ def facts_of(run: Run) -> str:
 
 def measure(runs: list[Run], images: torch.Tensor) -> tuple[list[dict], list[dict]]:
     """Summaries with label and accuracy (percent, or None): of each stage shown, and of references,
-    the surrogates that the first run's student imitated."""
+    the surrogates of the first run's teacher."""
     students, run = [], runs[0]
     layers = sorted({layer for _, layer in run.pairs}) if run.teacher else []
     for shown, label, student, color in stages_of(runs):
@@ -406,7 +406,7 @@ draw();
 
 def explorer(runs: list[Run], images: torch.Tensor, captions: list[str], path: Path) -> None:
     """A page that works offline: where each patch looks, in the blocks that imitate. Its maps
-    [n, blocks, panels, H, N, N] are 8 bits, each scaled by its own maximum; n: what 1 MB holds."""
+    [n, blocks, panels, H, N, N] are 8 bits, each scaled by its own maximum. n: 1 MB, or 1."""
     run, grid, x, layers = runs[0], runs[0].grid, cikd.to_float(images), dict(runs[0].pairs)
     panels = {}                                 # name: colour, [n, H, N, N] of each block
     if run.teacher:
@@ -492,7 +492,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data-dir", metavar="DIR", help="where the run's images lie now [where they lay]")
     add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures]")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures [png]")
-    add("--html", action="store_true", help="also explorer.html: where any patch looks, up to 1 MB")
+    add("--html", action="store_true", help="also explorer.html: where any patch looks")
     add("--gif", action="store_true", help="also locality.gif; needs --snapshot-every")
     return cikd.run_command("visualize_attention", lambda: visualize(parser.parse_args(argv)))
 
