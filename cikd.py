@@ -226,7 +226,7 @@ def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.
     T² (alpha TCKD + beta NCKD). TCKD: the label against the rest; NCKD: the rest among themselves.
     In log space, so that no gradient overflows: log(1 - p_y) is a logsumexp of the rest."""
     def split(z):   # -> log b [B, 2] = (log p_y, log(1 - p_y)), log r [B, K-1] of the other classes
-        z = z.float() / temperature
+        z = (z if z.dtype == torch.float64 else z.float()) / temperature
         column = torch.arange(z.shape[1] - 1, device=z.device)
         other = z.gather(1, column + (column >= labels[:, None]))   # [B, K-1]: all but the label's
         both = torch.stack([z.gather(1, labels[:, None])[:, 0], other.logsumexp(1)], 1)    # [B, 2]
@@ -532,7 +532,7 @@ def read_folder(cfg: Config, test: bool) -> tuple[torch.Tensor, torch.Tensor, li
     path = next((where / name for name in names if class_folders(where / name)), where / names[0])
     here, classes = class_folders(path), class_folders(where / "train")
     need(here and len(classes) > 1, f"{path}: {len(here)} class folders; --dataset folder reads "
-         "two or more train/CLASS/ and test/CLASS/ (or val, valid); without test images --holdout")
+         "two or more train/CLASS/ and test/CLASS/ (or val, valid), or give --holdout")
     found = glob.glob(os.path.join(glob.escape(str(path)), "*", "**", "*"), recursive=True)
     found = [Path(file) for file in found if os.path.isfile(file)]
     endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif")
@@ -935,15 +935,15 @@ def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Conf
 # %% 9. Command line -------------------------------------------------------------------------------
 def train_many(cfg: Config) -> list[dict]:
     """--compare, --seeds: each method with each seed, in one table. Finished ones stay."""
-    results, data = [], load_dataset(resolve(cfg))
+    results, data, seeds = [], load_dataset(resolve(cfg)), cfg.seeds or [cfg.seed]
     methods = [name for name in METHODS if name != "teacher"] if cfg.compare else [cfg.method]
-    for seed in cfg.seeds or [cfg.seed]:
+    for seed in seeds:
         for method in methods:
             name = cfg.run_name and f"{cfg.run_name}-{method}-seed{seed}"
             one = replace(cfg, method=method, seed=seed, seeds=None, compare=False, run_name=name)
             results.append(dict(method=method, seed=seed) | train(one, data))
     name = default_name(replace(cfg, method="comparison" if cfg.compare else f"{cfg.method}-seeds",
-                                seed="_".join(map(str, cfg.seeds or [cfg.seed]))))
+                                seed="_".join(map(str, seeds))))
     path = Path(results[0]["folder"]).parent / (cfg.run_name or name) / "comparison.csv"
     save(path, results)
     print("\nmethod    accuracy (%)  seeds")

@@ -406,7 +406,7 @@ draw();
 
 def explorer(runs: list[Run], images: torch.Tensor, captions: list[str], path: Path) -> None:
     """A page that works offline: where each patch looks, in the blocks that imitate. Its maps
-    [n, blocks, panels, H, N, N] are 8 bits, each scaled by its own maximum. n: 1 MB, or 1."""
+    [n, blocks, panels, H, N, N] are 8 bits, each scaled by its own maximum. n fits 1 MB or is 1."""
     run, grid, x, layers = runs[0], runs[0].grid, cikd.to_float(images), dict(runs[0].pairs)
     panels = {}                                 # name: colour, [n, H, N, N] of each block
     if run.teacher:
