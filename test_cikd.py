@@ -123,8 +123,7 @@ def test_student_gives_torchvisions_logits(depth, heads):
     theirs = torchvision.models.VisionTransformer(32, 4, depth, heads, 64, 256, num_classes=10)
     theirs.double().eval().load_state_dict(to_torchvision(student.state_dict()), strict=True)
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    with torch.no_grad():
-        assert (student(x) - theirs(x)).abs().max() < 1e-9
+    assert (student(x) - theirs(x)).abs().max() < 1e-9
 
 def test_the_qk_relation_is_the_attention_that_the_student_uses():
     attention = cikd.Attention(64, 4).double()
@@ -159,8 +158,7 @@ def test_teacher_gives_torchvisions_logits(name):
             module.running_mean.normal_(std=0.1)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 3, 96, 96)
-    with torch.no_grad():
-        assert (ours.eval()(x) - theirs.eval()(x)).abs().max() < 1e-4
+    assert (ours.eval()(x) - theirs.eval()(x)).abs().max() < 1e-4
 
 @pytest.mark.parametrize("name,size,shapes", [
     ("resnet20", 32, [(16, 32), (32, 16), (64, 8)]),
@@ -1218,8 +1216,7 @@ LOGITS = {"cikd": "3.0272 -.86584 1.2145 -.51038 -.10718 -1.2229 -.39582 -1.3515
 def test_the_stored_weights_give_the_logits_that_they_gave(name):
     run = va.load_run(HERE / "figures" / "runs" / name)         # strict, the teacher too
     x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
-    with torch.no_grad():
-        logits = list(run.students.values())[-1](x)[0]
+    logits = list(run.students.values())[-1](x)[0]
     assert logits.tolist() == pytest.approx([*map(float, LOGITS[name].split())], abs=1e-4)
 
 def test_own_picture_and_a_moved_run(runs, tmp_path):
@@ -1314,15 +1311,18 @@ def test_the_tables_of_the_notebook_are_results_csv():
             command = row["command"] if held else re.sub(r" --seed \d+", "", row["command"])
             setting = row["method"], command, row["hardware"]
             seeds.setdefault(setting, []).append(float(row["accuracy"]))
-    measured = []
-    for (method, _, _), values in seeds.items():
+    def mean(values):
         spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        measured.append((method, f"{statistics.mean(values):.1f}{spread}"))
+        return f"{statistics.mean(values):.1f}{spread}"
+    measured = [(method, mean(values)) for (method, _, _), values in seeds.items()]
     rows = r"^\| (scratch|kd|joint|cikd)\b[^|]*\|(.*)\|$"
     for method, cells in re.findall(rows, NOTEBOOK.replace("**", ""), re.M):
         shown += [(method, cell.strip()) for cell in cells.split("|")
                   if re.match(r"\d+\.\d( ±|$)", cell.strip())]
     assert sorted(shown) == sorted(measured) and len(shown) >= 30
+    for each, over_teachers in re.findall(r"^\| of \w+ \| (.*) \| (.*) \|$", NOTEBOOK, re.M):
+        assert over_teachers == mean([float(value) for value in each.split(", ")])
+        shown.append(("over teachers", over_teachers))
     page = [cells for _, cells in re.findall(rows, README.replace("**", ""), re.M)]
     assert set(re.findall(r"\d+\.\d(?: ± \d\.\d)?", str(page))) <= {cell for _, cell in shown}
 
