@@ -97,8 +97,8 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
     patches = torch.cat([x, y], 2).flatten(0, 1)                            # [g, g, D] -> [N, D]
     return torch.cat([torch.zeros(1, width), patches])[None]                # [1, N+1, D]; CLS: 0
 
-STUDENTS = {"vit_tiny": dict(depth=12, width=192, heads=3),     # the paper's width and depth
-            "vit_micro": dict(depth=6, width=64, heads=4)}      # ours, for a CPU
+STUDENTS = {"vit_tiny": dict(depth=12, width=192),      # the paper's; for heads see --heads
+            "vit_micro": dict(depth=6, width=64)}       # ours, for a CPU
 
 class VisionTransformer(nn.Module):
     """ViT with a CLS token. The defaults are timm's vit_tiny_patch16_224: same names and logits."""
@@ -279,7 +279,7 @@ def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epo
     """One step's loss and, for the log, its terms [3]: ALI, CE, DKD. `model` is who learns; view:
     float [B, 3, S, S] in [-1, 1], the same crop for model and teacher; labels [B], not looked at in
     ALI; stage_epoch: epochs of this stage before this one, a tensor so that it compiles once."""
-    teacher_logits, pairs = None, parse_pairs(cfg.pairs, cfg.student) if stage.ali else []
+    teacher_logits, pairs = None, (parse_pairs(cfg.pairs, cfg.student) if stage.ali else [])
     ali = lm = ce = dkd = view.new_zeros(())            # what a stage does not learn stays 0
     if stage.ali or stage.logits:
         with torch.no_grad():
@@ -381,10 +381,12 @@ TEACHER_SETTINGS = ["dataset", "data_seed", "image_size", "crop", "teacher", "te
 def resolve(cfg: Config) -> Config:
     """A checked copy with every None filled in. Raises CIKDError that names the setting."""
     for f in fields(cfg):
-        value, low, high = getattr(cfg, f.name), f.metadata["low"], f.metadata["high"]
+        value, (_, low, high, choices) = getattr(cfg, f.name), f.metadata.values()
+        option = f"--{f.name.replace('_', '-')}"
         for v in value if isinstance(value, (tuple, list)) else [value]:
             need(v is None or low is None or low <= v <= high,              # refuses nan too
-                 f"--{f.name.replace('_', '-')}: {v} must be from {low} to {high}")
+                 f"{option}: {v} must be from {low} to {high}")
+            need(v is None or not choices or v in choices, f"{option}: {v} is not in {[*choices]}")
     cfg, teaches = replace(cfg), cfg.method == "teacher"
     for name in ("data_dir", "output_dir", "teacher_checkpoint"):
         setattr(cfg, name, getattr(cfg, name) and os.path.expanduser(getattr(cfg, name)))
@@ -421,8 +423,8 @@ def resolve(cfg: Config) -> Config:
 def default_name(cfg: Config) -> str:
     """Folder of a run: data set, method, every setting given, seed; a long one ends in a hash."""
     data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
-    given = [f"{f.name}={getattr(cfg, f.name)}" for f in fields(cfg) if f.name in RESULT_SETTINGS
-             and f.name not in ("dataset", "method", "seed") and getattr(cfg, f.name) != f.default]
+    given = [f"{name}={getattr(cfg, name)}" for name in RESULT_SETTINGS if name not in
+             ("dataset", "method", "seed") and getattr(cfg, name) != getattr(Config, name)]
     name = "-".join([data.lstrip("."), cfg.method, *given, f"seed{cfg.seed}"])
     name = name if len(name) <= 150 else f"{name[:60]}-{hash_of(os.fsencode(name))[:8]}"
     return re.sub(r"[^A-Za-z0-9._=+,-]", "_", name)     # what every file system and shell takes
@@ -476,7 +478,7 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.
 
 def to_rgb(image: Image.Image, size: int) -> torch.Tensor:
     """PIL image -> uint8 [3, size, size]: RGB, alpha over white, middle square, resized."""
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
@@ -609,8 +611,7 @@ def load_dataset(cfg: Config) -> Data:
          f"--train-size, --holdout: {n} images of {len(classes)} classes cannot give {size} to "
          f"train on and {held} to hold out, with all of them in both parts")
     test = (images[cuts[0]], labels[cuts[0]]) if held else test
-    if held or cfg.train_size:
-        images, labels = images[cuts[1]], labels[cuts[1]]
+    images, labels = images[cuts[1]], labels[cuts[1]]
     hashes = [hash_of(part.contiguous().numpy()) for part in (images, labels, *test)]
     return Data((images, labels), test, classes, hash_of("".join(hashes).encode()))
 
@@ -671,21 +672,21 @@ def average(tensors: list[torch.Tensor]) -> None:
 def save(path: Path, content) -> None:
     """Write rows (.csv), values (.json), tensors (.pt) or bytes, as `path` ends: first beside it,
     then renamed, so that what bears its final name is whole. Raises CIKDError."""
-    memory = io.BytesIO(content if isinstance(content, bytes) else b"")
+    memory, text = io.BytesIO(), io.StringIO()
     if path.suffix == ".csv":
-        text = io.TextIOWrapper(memory, "utf-8", newline="", write_through=True)
         writer = csv.DictWriter(text, content[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(content)
-        text.detach()
+        content = text.getvalue().encode()
     elif path.suffix == ".json":
-        memory.write(json.dumps(content, indent=1).encode())
+        content = json.dumps(content, indent=1).encode()
     elif path.suffix == ".pt":
         torch.save(content, memory)
+        content = memory.getbuffer()
     beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(memory.getbuffer())
+        beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -811,7 +812,7 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
         rows.append(dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
                          lr=group["lr"], **measure(model, cfg, data), seconds=seconds,
                          images_per_second=len(log) * len(view) * world / seconds))
-        if epoch == begin + length - 1 < cfg.epochs - 1:            # the switch comes next
+        if epoch + 1 < cfg.epochs and plan[epoch + 1] != stage:     # the switch comes next
             save(folder / f"student_{stage.name.lower()}.pt", weights)
         if cfg.snapshot_every and (epoch + 1) % cfg.snapshot_every == 0:
             save(folder / "snapshots" / f"epoch_{epoch + 1:04}.pt",
@@ -825,8 +826,8 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
         save(final, model.state_dict())
 
 def build_student(cfg: Config, num_classes: int) -> VisionTransformer:
-    shape = STUDENTS[cfg.student] | dict(heads=cfg.heads, drop_path=cfg.drop_path)
-    return VisionTransformer(cfg.image_size, cfg.patch_size, num_classes, **shape)
+    return VisionTransformer(cfg.image_size, cfg.patch_size, num_classes, **STUDENTS[cfg.student],
+                             heads=cfg.heads, drop_path=cfg.drop_path)
 
 def build_teacher(cfg: Config, num_classes: int, device: torch.device) -> ResNetTeacher:
     teacher = ResNetTeacher(cfg.teacher, num_classes, cfg.image_size)
@@ -914,7 +915,7 @@ def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
             model.load_state_dict(state | {f"fc.{k}": t for k, t in model.fc.state_dict().items()})
     else:
         model = build_student(cfg, K).to(device)
-    few = "; fewer than 10 steps an epoch: try a smaller --batch-size" * (n < 10 * cfg.batch_size)
+    few = "; under 10 steps an epoch: try a smaller --batch-size" if n < 10 * cfg.batch_size else ""
     status(f"{folder}: {n} training, {len(data.test[1])} test images, {K} classes, {device}{few}")
     if RANK == 0 and not (folder / "last.pt").exists():
         save(folder / "settings.json", facts | dict(torch=torch.__version__, device=device.type))
@@ -960,19 +961,18 @@ def make_parser() -> argparse.ArgumentParser:
     table = "\n".join("".join(f"{cell!s:>15}" for cell in row) for row in rows)
     parser = argparse.ArgumentParser(
         "cikd.py", "python cikd.py [--SETTING VALUE ...]", allow_abbrev=False,
-        epilog="paper: its abstract or code; ablation: no other value did better beyond chance"
+        epilog="paper: its abstract or code; ablation: no other value helped cikd beyond chance"
         f"\n\ndefaults of each data set:\n{table}", argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, f"{message} (python cikd.py --help lists all)")
     for f in fields(Config):
-        option, choices = "--" + f.name.replace("_", "-"), f.metadata["choices"]
+        option, names = "--" + f.name.replace("_", "-"), "|".join(f.metadata["choices"])
         if f.type == "bool":
             parser.add_argument(option, help=f.metadata["help"], action="store_true")
         else:
             help = f.metadata["help"] + ("" if f.default is None else f" [{f.default}]")
             parser.add_argument(option, help=help, type=dict(float=float, str=str).get(f.type, int),
-                                choices=choices or None, metavar="|".join(choices) or "VALUE",
-                                nargs="+" if f.type == "tuple" else None)
+                                metavar=names or "VALUE", nargs="+" if f.type == "tuple" else None)
     return parser
 
 def join_processes(cfg: Config) -> None:
@@ -998,7 +998,7 @@ def run_command(prog: str, body) -> int:
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
         if WORLD > 1:           # who caused it speaks first; torchrun ends those who wait
-            time.sleep(10 * (RANK + isinstance(error, RuntimeError)))
+            time.sleep(10 * RANK + (10 if isinstance(error, RuntimeError) else 0))
         message = one_line(error)
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", message):
             message = "out of memory; use a smaller --batch-size, --image-size or --train-size"

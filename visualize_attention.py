@@ -122,7 +122,7 @@ def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, s
              for name, student in runs[0].students.items()]
     for i, run in enumerate(runs[1:], 1):
         twin, last = methods.count(methods[i]) > 1, list(run.students.values())[-1]
-        label = methods[i] + f"\n{i}: {run.folder.name[-17:]}" * twin
+        label = f"{methods[i]}\n{i}: {run.folder.name[-17:]}" if twin else methods[i]
         shown.append((run, label, last, COLORS["twins"][i % 5] if twin else COLORS[methods[i]]))
     return shown
 
@@ -130,7 +130,7 @@ def facts_of(run: Run) -> str:
     """What a figure is of, for its small print."""
     cfg = run.cfg
     data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
-    teacher = f", teacher {cfg.teacher}" * bool(run.teacher)
+    teacher = f", teacher {cfg.teacher}" if run.teacher else ""
     return f"{data}, {cfg.student}{teacher}, {cfg.epochs} epochs, seed {cfg.seed}"
 
 def measure(runs: list[Run], images: torch.Tensor) -> tuple[list[dict], list[dict]]:
@@ -165,9 +165,9 @@ def draw(figure: Figure, path: Path, run: Run) -> None:
     cikd.save(path, written(figure.savefig, format=path.suffix[1:]))
 
 def looks(runs: list[Run], images: torch.Tensor, query: int | None) -> tuple[torch.Tensor, dict]:
-    """Where one patch of each image looks in the last block that imitates, mean of heads: its
-    number [n], {column: maps [n, g, g]}. No `query`: the patch whose surrogate is most selective
-    (lowest entropy), without a teacher a fixed one."""
+    """Where one patch of each image looks in the last block that imitates, mean of heads, in the
+    first run and scratch: its number [n], {column: maps [n, g, g]}. No `query`: the patch whose
+    surrogate is most selective (lowest entropy), without a teacher a fixed one."""
     run, grid, x, whole = runs[0], runs[0].grid, cikd.to_float(images), {}
     block, layer = max(run.pairs)
     chosen = torch.full((len(x),), grid * grid // 2 + grid // 4 if query is None else query)
@@ -175,8 +175,9 @@ def looks(runs: list[Run], images: torch.Tensor, query: int | None) -> tuple[tor
         whole[f"surrogate, layer{layer}"] = maps = surrogate_maps(run, x, layer).mean(1)
         if query is None:
             chosen = torch.xlogy(maps, maps).sum(-1).argmax(1)
-    for _, label, student, _ in stages_of(runs):
-        whole[label] = list(cikd.student_maps(student, x))[block].mean(1)   # [n, N, N]
+    for shown, label, student, _ in stages_of(runs):
+        if shown is run or shown.cfg.method == "scratch":
+            whole[label] = list(cikd.student_maps(student, x))[block].mean(1)       # [n, N, N]
     return chosen, {name: maps[torch.arange(len(x)), chosen].unflatten(1, (grid, grid))
                     for name, maps in whole.items()}
 
@@ -315,14 +316,14 @@ def scheme(a) -> None:
     a.set(xlim=(0, 20), ylim=(0, 4))
     a.axis("off")
 
-def overview(runs: list[Run], few: list[Run], panels: dict, image: torch.Tensor,
-             query: int | None, path: Path) -> None:
+def overview(runs: list[Run], panels: dict, image: torch.Tensor, query: int | None,
+             path: Path) -> None:
     """One page for a slide: the scheme; one image [1, 3, S, S]; kernels; accuracy by epoch."""
     figure = Figure(figsize=(12, 9.6), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.3, 2.6, 4.4))
     scheme(top.subplots())
     top.suptitle("CIKD: a CNN teaches a Vision Transformer, from easy to difficult", fontsize=14)
-    show(middle, image, *looks(few, image, query))
+    show(middle, image, *looks(runs, image, query))
     middle.suptitle(f"Where the framed patch looks (block {max(runs[0].pairs)[0]})", fontsize=10)
     left, right = bottom.subfigures(1, 2, width_ratios=(1.2, 1))
     kernels(panels, left)
@@ -340,11 +341,11 @@ def overview(runs: list[Run], few: list[Run], panels: dict, image: torch.Tensor,
 def locality_gif(run: Run, images: torch.Tensor, path: Path) -> dict[int, torch.Tensor]:
     """The kernels epoch by epoch, from what --snapshot-every kept. Returns {epoch: kernels}."""
     files = sorted((run.folder / "snapshots").glob("epoch_*.pt"))
-    need(files, f"{run.folder}: holds no snapshots for --gif; train with --snapshot-every 1")
+    need(files, f"{run.folder}: holds no snapshots; train with --snapshot-every 1 --overwrite")
     student, frames, pictures = cikd.build_student(run.cfg, len(run.classes)).eval(), {}, []
-    for epoch, file in enumerate([run.folder / "student_init.pt", *files]):
+    for file in [run.folder / "student_init.pt", *files]:
         cikd.load(file, student)
-        epoch = int(file.stem[6:]) if epoch else 0
+        epoch = int(file.stem[6:]) if file in files else 0
         stage = run.rows[epoch - 1]["stage"] if epoch else "before training"
         frames[epoch] = summary(images, lambda x: cikd.student_maps(student, x))["kernels"]
         picture = written(kernels({f"epoch {epoch}: {stage}": frames[epoch]}).savefig, dpi=80)
@@ -464,12 +465,11 @@ def visualize(args: argparse.Namespace) -> Path:
         true = "" if labels is None else f"true: {first.classes[int(labels[i])]}\n"
         captions.append(f"{true}{cfg.method}: {said[0]}")
         print(f"{args.image or f'test image {i}'}: {', '.join(said)}")
-    few = [first, *(run for run in runs[1:] if run.cfg.method == "scratch")]
     def file(name):
         return out / f"{name}.{args.format}"
     panels = {m["label"]: m["kernels"] for m in students[:len(first.students)]}
-    overview(runs, few, panels, images[index][:1], query, file("summary"))
-    heatmaps(few, images[index], captions, file("heatmaps"), query)
+    overview(runs, panels, images[index][:1], query, file("summary"))
+    heatmaps(runs, images[index], captions, file("heatmaps"), query)
     kept = students[:len(first.students)] + [m for m in students if m["label"][:7] == "scratch"]
     distances(kept, references, file("distance"), first)
     draw(kernels(panels), file("kernels"), first)
