@@ -122,7 +122,7 @@ def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, s
              for name, student in runs[0].students.items()]
     for i, run in enumerate(runs[1:], 1):
         twin, last = methods.count(methods[i]) > 1, list(run.students.values())[-1]
-        label = f"{methods[i]}\n{i}: {run.folder.name[-17:]}" if twin else methods[i]
+        label = f"{methods[i]} {i} …{run.folder.name[-9:]}" if twin else methods[i]
         shown.append((run, label, last, COLORS["twins"][i % 5] if twin else COLORS[methods[i]]))
     return shown
 
@@ -150,7 +150,7 @@ def print_table(rows: list[dict]) -> None:
     print(f"{'':20} accuracy  distance (patches): mean, then each block")
     for row in rows:
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1f} %"
-        label, far = " ".join(row["label"].split())[-20:], row["distance"].mean(1)
+        label, far = row["label"], row["distance"].mean(1)
         print(f"{label:20} {accuracy:>8}  {far.mean():.2f}   " + " ".join(f"{x:.2f}" for x in far))
 
 # %% 3. Figures -----------------------------------------------------------------------------------
