@@ -611,9 +611,9 @@ def load_dataset(cfg: Config) -> Data:
          f"--train-size, --holdout: {n} images of {len(classes)} classes cannot give {size} to "
          f"train on and {held} to hold out, with all of them in both parts")
     test = (images[cuts[0]], labels[cuts[0]]) if held else test
-    images, labels = images[cuts[1]], labels[cuts[1]]
-    hashes = [hash_of(part.contiguous().numpy()) for part in (images, labels, *test)]
-    return Data((images, labels), test, classes, hash_of("".join(hashes).encode()))
+    train = (images[cuts[1]], labels[cuts[1]]) if size < n else train[:2]
+    hashes = [hash_of(part.contiguous().numpy()) for part in (*train, *test)]
+    return Data(train, test, classes, hash_of("".join(hashes).encode()))
 
 def draw_crops(n: int, size: int, kind: str) -> torch.Tensor:
     """Random crop and flip of n images: (width, x, height, y) [n, 4]; x, y: the crop's centre, from
