@@ -52,6 +52,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import StochasticDepth
+from torchvision.transforms import v2
 
 # %% 1. Student: ViT-Tiny, with timm's parameter names ---------------------------------------------
 class Attention(nn.Module):
@@ -251,12 +252,13 @@ class Stage(NamedTuple):
     ali: bool        # imitate the teacher's attention surrogate
     labels: bool     # learn the labels
     logits: bool     # learn the teacher's logits
+    strong: bool     # from strong views, where --augment asks for them
 
-ALI = Stage("ALI", ali=True, labels=False, logits=False)
-LM = Stage("LM", ali=False, labels=True, logits=True)
-JOINT = Stage("ALI+LM", ali=True, labels=True, logits=True)
-LABELS = Stage("labels", ali=False, labels=True, logits=False)
-TEACHER = LABELS._replace(name="teacher")       # the ResNet itself, learning the labels
+ALI = Stage("ALI", ali=True, labels=False, logits=False, strong=False)
+LM = Stage("LM", ali=False, labels=True, logits=True, strong=True)
+JOINT = Stage("ALI+LM", ali=True, labels=True, logits=True, strong=True)
+LABELS = Stage("labels", ali=False, labels=True, logits=False, strong=True)
+TEACHER = LABELS._replace(name="teacher", strong=False)     # the ResNet itself
 METHODS = {         # what is learned before epoch ali_epochs, and from it on
     "scratch": (LABELS, LABELS),
     "kd": (LM, LM),
@@ -324,6 +326,8 @@ DATASETS = {
 STUDENT_DEFAULTS = {"vit_tiny": dict(heads=3, teacher="resnet18", lr=1e-3),
                     "vit_micro": dict(heads=4, teacher="resnet20", lr=2e-3)}
 
+PATIENT = 200           # epochs of a student from which strong views help (measured)
+
 def setting(default, help: str, low=None, high=math.inf, choices=()):
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
@@ -344,6 +348,9 @@ class Config:
     patch_size: int = setting(None, "side of a patch, pixels", 1)
     crop: str = setting(None, "pad: shifts by up to 1/8 (ours), resized: random area and aspect "
                         "(paper), both with flips", choices=("pad", "resized", "none"))
+    augment: str = setting(None, "views for labels and logits; trivial: TrivialAugmentWide (paper) "
+                           f"[from {PATIENT} epochs on trivial, else none]",
+                           choices=("trivial", "none"))
     jitter: float = setting(0.4, "of brightness, contrast, saturation in ALI (paper)", 0, 1)
     student: str = setting(None, "12 blocks of width 192 (paper), or 6 of 64", choices=STUDENTS)
     heads: int = setting(None, "attention heads (ours; paper: 12, 6, 12) [3; vit_micro 4]", 1)
@@ -378,6 +385,8 @@ RESULT_SETTINGS = [f.name for f in fields(Config) if f.name not in RUN_SETTINGS]
 TEACHER_SETTINGS = ["dataset", "data_seed", "image_size", "crop", "teacher", "teacher_epochs",
                     "pretrained_teacher", "batch_size", "lr", "warmup"]     # and the teacher
 
+AS_BEFORE = dict(augment="none")        # settings that older runs did not store
+
 def resolve(cfg: Config) -> Config:
     """A checked copy with every None filled in. Raises CIKDError that names the setting."""
     for f in fields(cfg):
@@ -399,6 +408,8 @@ def resolve(cfg: Config) -> Config:
     for name, value in row.items():
         if getattr(cfg, name) is None:
             setattr(cfg, name, value)
+    if cfg.augment is None:
+        cfg.augment = "trivial" if cfg.epochs >= PATIENT else "none"
     if teaches:
         cfg.seed, cfg.epochs = cfg.data_seed, cfg.teacher_epochs
     side, patch, width = cfg.image_size, cfg.patch_size, STUDENTS[cfg.student]["width"]
@@ -629,6 +640,13 @@ def draw_crops(n: int, size: int, kind: str) -> torch.Tensor:
         shift = (torch.rand(2, n) * 2 - 1) * (1 - torch.stack([wide, high]))
     return torch.stack([wide * flip, shift[0], high, shift[1]], 1)
 
+SHARED = 4              # images of a batch that share one draw of strong_views
+def strong_views(images: torch.Tensor) -> torch.Tensor:
+    """One random change of shape or colour (TrivialAugmentWide, Müller 2021; the paper's LM):
+    uint8 [B, 3, S, S] -> the same shape. Neighbours in a batch share a draw, which costs less."""
+    draw = v2.TrivialAugmentWide()
+    return torch.cat([draw(part) for part in images.split(SHARED)])
+
 def to_float(images: torch.Tensor, crops: torch.Tensor | None = None) -> torch.Tensor:
     """uint8 [B, 3, S, S] -> float in [-1, 1] (mean, deviation 0.5: paper), cropped as drawn."""
     images = images.float() / 127.5 - 1
@@ -641,9 +659,9 @@ def to_float(images: torch.Tensor, crops: torch.Tensor | None = None) -> torch.T
                         (high * place + y)[:, :, None].expand(B, S, S)], 3)     # [B, S, S, 2]
     return F.grid_sample(images, grid, align_corners=False)
 
-def batches(data: Data, cfg: Config, world: int = 1):
+def batches(data: Data, cfg: Config, world: int = 1, strong: bool = False):
     """One epoch of (view, float [B, 3, S, S]; labels [B]), of `world` processes this one's share.
-    Order and crops are drawn at once, on the CPU, alike in all. A last partial batch is dropped
+    Order and crops are drawn at once, on the CPU, alike in all; `strong` views as they come. A last partial batch is dropped
     unless it is the only one: all steps have one shape."""
     images, labels = data.train
     size = min(cfg.batch_size, len(labels))
@@ -651,10 +669,11 @@ def batches(data: Data, cfg: Config, world: int = 1):
     crops = None
     if cfg.crop != "none":
         crops = draw_crops(len(order), cfg.image_size, cfg.crop).to(images.device)
-    if RANK:                                    # draws its own colours and depths from here on
+    if RANK:                                    # draws its own views, colours, depths from here on
         torch.manual_seed(torch.initial_seed() + RANK)
     for mine in torch.arange(RANK, len(order), world, device=images.device).split(size // world):
-        view = to_float(images[order[mine]], crops if crops is None else crops[mine])
+        view = strong_views(images[order[mine]]) if strong else images[order[mine]]
+        view = to_float(view, crops if crops is None else crops[mine])
         yield view, labels[order[mine]]
 
 # %% 8. Training: teacher and student take the same path -------------------------------------------
@@ -788,7 +807,8 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
         seed_torch(cfg.seed, final.stem, epoch)
         model.train()
         stage_epoch, log, start = torch.tensor(epoch - begin, device=device), [], time.monotonic()
-        for step, (view, labels) in enumerate(batches(data, cfg, world), 1):
+        strong = stage.strong and cfg.augment == "trivial"
+        for step, (view, labels) in enumerate(batches(data, cfg, world, strong), 1):
             progress = (epoch - begin + step / steps) / length
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress, cfg.lr, cfg.warmup)
@@ -878,7 +898,7 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     for file in [f for pattern in old for f in folder.glob(pattern) if cfg.overwrite and not RANK]:
         file.unlink()                           # only now that all else is there
     if final.exists() or (folder / "last.pt").exists():
-        stored = json.loads((folder / "settings.json").read_text())
+        stored = AS_BEFORE | json.loads((folder / "settings.json").read_text())
         changed = [f"{k} {stored.get(k)} -> {v}" for k, v in facts.items() if stored.get(k) != v]
         need(not changed, f"{folder}: was begun with other settings: {', '.join(changed)[:300]}; "
              "use those, another --run-name, or --overwrite to start again")
@@ -925,7 +945,7 @@ def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
 def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Config]:
     """A finished run's student in evaluation mode, its classes, settings. CIKDError, OSError."""
     folder = Path(folder).expanduser()
-    facts = json.loads((folder / "settings.json").read_text())
+    facts = AS_BEFORE | json.loads((folder / "settings.json").read_text())
     need({*RESULT_SETTINGS, "classes", "teacher_hash"} <= facts.keys(),
          f"{folder}: is of another version of cikd.py or a teacher; name or train a student's run")
     cfg = Config(**{f.name: facts[f.name] for f in fields(Config) if f.name in facts})
