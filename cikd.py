@@ -507,8 +507,8 @@ def check_together(cfg: Config) -> None:
     student = STUDENTS[cfg.student]
     counts, channels = TEACHERS[cfg.teacher]
     need(student["width"] % cfg.heads == 0 and cfg.heads <= channels,
-         f"--heads: {cfg.heads} does not divide {student['width']} or is above the teacher's layer1 "
-         "channels")
+         f"--heads: {cfg.heads} does not divide {student['width']} or is above the channels of the "
+         "teacher's layer1")
     for block, layer in parse_pairs(cfg.pairs, cfg.student):
         need(block < student["depth"] and 1 <= layer <= len(counts),
              f"--pairs: {block}:{layer} is not BLOCK:LAYER, blocks 0 to {student['depth'] - 1} or "
@@ -805,18 +805,16 @@ def choose(cfg: Config, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.arange(n), torch.arange(0)
     need(0 < size <= n - held, f"--train-size, --holdout: {n} images cannot give {size} to train on"
          f" and {held} to hold out")
-    need(held == 0 or held >= K, f"--holdout: {held} images cannot hold all {K} classes")
     order = balanced_order(labels, cfg.data_seed)
-    drawn = labels[order]
-    places = [(drawn == k).nonzero()[:, 0] for k in range(K)]       # of each class in the order
-    rare = min(range(K), key=lambda k: int(places[k][-1]))          # the class that ends first
-    most = int(places[rare][-1])
-    need(held <= most, f"--holdout: {source.classes[rare]} has {len(places[rare])} images, and one "
-         f"must be left to train on; hold out {most} at most")
-    enough = max(int(place[place >= held][0]) for place in places) + 1 - held
-    need(size >= enough, f"--train-size: {size} images cannot hold all {K} classes; give "
-         f"{enough} or more")
-    return order[held:held + size], order[:held]
+    ends = [int((labels[order] == k).nonzero()[-1]) for k in range(K)]      # of each class in it
+    rare = ends.index(min(ends))
+    need(held <= ends[rare], f"--holdout: {source.classes[rare]} has {int((labels == rare).sum())} "
+         f"images, and one must be left to train on; hold out {ends[rare]} at most")
+    parts = {"--train-size": order[held:held + size], "--holdout": order[:held]}
+    for name, part in parts.items():
+        need(len(part) == 0 or len(labels[part].unique()) == K,
+             f"{name}: {len(part)} images cannot hold all {K} classes")
+    return tuple(parts.values())
 
 
 def load_dataset(cfg: Config) -> Data:
@@ -1288,7 +1286,7 @@ def open_run(cfg: Config, data: Data, final: Path, teacher_file: Path | None) ->
         need(not changed, f"{folder}: was begun with other settings: {', '.join(changed)[:300]}; "
              "use those, another --run-name, or --overwrite to start again")
     else:
-        relative = teacher_file and os.path.relpath(teacher_file, folder)
+        relative = teacher_file and os.path.relpath(teacher_file, folder.parent)
         save(folder / "settings.json", facts | dict(
             data_dir=cfg.data_dir, teacher_file=relative, torch=torch.__version__,
             device=data.train[0].device.type))
