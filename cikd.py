@@ -942,10 +942,31 @@ def begin_run(cfg: Config, data: Data, final: Path, facts: dict) -> nn.Module:
         save(folder / f"{final.stem}_init.pt", model.state_dict())
     return model
 
+def read_facts(folder: Path) -> dict:
+    """What settings.json in a run's folder says. Raises CIKDError, OSError."""
+    path = folder / "settings.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:                          # empty, cut or not text
+        raise CIKDError(f"{path}: is not whole; train this run again with --overwrite") from None
+    return AS_BEFORE | facts
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics.csv, one for each epoch. Raises CIKDError, OSError."""
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        whole = len(rows) > 0 and all(None not in row.values() for row in rows)
+    except (ValueError, csv.Error):             # not text
+        whole = False
+    need(whole, f"{path}: is not whole; train this run again with --overwrite")
+    return rows
+
+
 def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Config]:
     """A finished run's student in evaluation mode, its classes, settings. CIKDError, OSError."""
     folder = Path(folder).expanduser()
-    facts = AS_BEFORE | json.loads((folder / "settings.json").read_text())
+    facts = read_facts(folder)
     need({*RESULT_SETTINGS, "classes", "teacher_hash"} <= facts.keys(),
          f"{folder}: is of another version of cikd.py or a teacher; name or train a student's run")
     cfg = Config(**{f.name: facts[f.name] for f in fields(Config) if f.name in facts})
