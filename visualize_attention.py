@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, groupby
@@ -110,25 +111,21 @@ def spans_of(rows: list[dict]) -> list[Span]:
     return spans
 
 
-def load_moments(folder: Path, spans: list[Span]) -> list[Moment]:
-    """The student before training, at each switch of stage if its file is there, and at the end."""
-    last, classes, cfg = cikd.load_student(folder)
-
-    def load(file):
-        student = cikd.build_student(cfg, len(classes)).eval()
+def earlier_moments(folder: Path, last: cikd.VisionTransformer, spans: list[Span]) -> list[Moment]:
+    """The student before training and at each switch of stage, where the file was kept."""
+    def moment(label, file, span):
+        student = deepcopy(last)
         cikd.load(file, student)
-        return student
+        return Moment(label, student, span)
 
     moments = []
-    file = folder / "student_init.pt"
-    if file.exists():
-        moments.append(Moment("before training", load(file), None))
+    start = folder / "student_init.pt"
+    if start.exists():
+        moments.append(moment("before training", start, None))
     for span in spans[:-1]:
-        file = folder / f"student_{span.stage.lower()}.pt"
-        if file.exists():
-            moments.append(Moment(f"after {span.stage}", load(file), span))
-    end = spans[-1].stage if len(spans) > 1 else cfg.method
-    moments.append(Moment(f"after {end}", last, spans[-1]))
+        switch = folder / f"student_{span.stage.lower()}.pt"
+        if switch.exists():
+            moments.append(moment(f"after {span.stage}", switch, span))
     return moments
 
 
@@ -147,18 +144,21 @@ def load_teacher(folder: Path, cfg: cikd.Config, facts: dict) -> cikd.ResNetTeac
 def load_run(folder: str | Path) -> Run:
     """A finished run's models, rebuilt from its settings. Raises CIKDError, OSError."""
     folder = Path(folder).expanduser().absolute()
-    _, classes, cfg = cikd.load_student(folder)
+    last, classes, cfg = cikd.load_student(folder)
     facts = cikd.read_facts(folder)
     metrics = folder / "metrics.csv"
     rows = cikd.read_rows(metrics)
     need(len(rows) == cfg.epochs, f"{metrics}: has {len(rows)} of {cfg.epochs} epochs; train this "
          "run again with --overwrite")
     spans = spans_of(rows)
+    end = spans[-1].stage if len(spans) > 1 else cfg.method
+    moments = earlier_moments(folder, last, spans)
+    moments.append(Moment(f"after {end}", last, spans[-1]))
     return Run(
         folder=folder,
         cfg=cfg,
         classes=classes,
-        moments=load_moments(folder, spans),
+        moments=moments,
         teacher=load_teacher(folder, cfg, facts),
         rows=rows,
         spans=spans,
@@ -387,8 +387,8 @@ def chances_of(run: Run, images: torch.Tensor) -> torch.Tensor:
 # %% 3. Figures -----------------------------------------------------------------------------------
 @contextmanager
 def our_settings():
-    """matplotlib's own settings, so that a user's (image.origin, text.usetex) turn no picture
-    upside down; only fonts stay the user's. A name with a $ is no formula."""
+    """matplotlib's own settings instead of a user's, some of which turn pictures upside down
+    (image.origin) or need LaTeX (text.usetex). Fonts stay. A name with a $ is no formula."""
     ours = {"text.parse_math": False}
     for name in matplotlib.rcParams:
         if name.startswith("font.") and name != "font.size":
@@ -861,7 +861,7 @@ def choose_images(index: list[int] | None, n: int, truth: torch.Tensor | None) -
 
 
 def shorten(name: str) -> str:
-    """A class name as figures have room for it: its begin and its end."""
+    """A class name as figures have room for it: its beginning and its end."""
     return name if len(name) <= 24 else f"{name[:14]}…{name[-9:]}"
 
 
