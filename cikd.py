@@ -958,16 +958,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.csv. Raises CIKDError where it is empty or cut."""
-    text = path.read_text(encoding="utf-8")
+    """The rows of a metrics.csv, one for each epoch. Raises CIKDError where it is cut, OSError."""
+    text = path.read_text(encoding="utf-8", errors="replace")
     rows = list(csv.DictReader(text.splitlines()))
-    need(rows and text.endswith("\n") and None not in rows[-1].values(),
-         f"{path}: is empty or cut; start the run again with --overwrite")
+    whole = text.endswith("\n") and all(None not in row.values() for row in rows)
+    need(rows and whole, f"{path}: is empty or cut; start the run again with --overwrite")
     return rows
 
 
 def read_facts(folder: Path) -> dict:
-    """What a run's settings.json says. Raises CIKDError where it is empty or cut, and OSError."""
+    """What a run's settings.json says. Raises CIKDError where it is cut, OSError."""
     path = folder / "settings.json"
     try:
         return AS_BEFORE | json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import socket
 import statistics
@@ -29,6 +30,7 @@ from pathlib import Path
 if __name__ != "__main__":      # tiny runs are fastest on one thread, and two share two cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -1827,10 +1829,59 @@ def test_what_the_machine_lacks_is_said_plainly(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A finished scratch run and a finished cikd run with snapshots, tiny."""
+    """Finished tiny runs of cikd and scratch, with snapshots."""
     folder = str(tmp_path_factory.mktemp("runs"))
     cfg = cikd.Config(**TINY | dict(epochs=3, output_dir=folder, snapshot_every=1))
-    return [Path(cikd.train(replace(cfg, method=m))["folder"]) for m in ("scratch", "cikd")]
+    finished = {}
+    for method in ("scratch", "cikd"):          # cikd is the newest run
+        result = cikd.train(replace(cfg, method=method))
+        finished[method] = Path(result["folder"])
+    return finished
+
+
+@pytest.fixture(scope="module")
+def figures(runs, tmp_path_factory):
+    """All figures of both runs, scratch named first."""
+    folder = tmp_path_factory.mktemp("figures")
+    argv = [runs["scratch"], runs["cikd"], "--output-dir", folder, "--gif", "--html"]
+    assert va.main([str(a) for a in argv]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(runs):
+    return [va.load_run(runs["cikd"]), va.load_run(runs["scratch"])]
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A copy of the cikd run, with its teacher, to be spoiled."""
+    shutil.copytree(runs["cikd"].parent, tmp_path / "runs")
+    return tmp_path / "runs" / runs["cikd"].name
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six picture files, from black to white."""
+    files = []
+    for i in range(6):
+        file = tmp_path / f"photo{i}.jpg"
+        Image.new("RGB", (70, 50), (50 * i, 50 * i, 50 * i)).save(file)
+        files.append(str(file))
+    return files
+
+
+def entries_of(loaded):
+    return va.entries_of(va.lines_of(loaded))
+
+
+def visualizer_fails(capsys, *argv) -> str:
+    """Run the visualizer, demand one plain line on stderr and exit code 2; return the line."""
+    assert va.main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"visualize_attention: error: [^\n]+\n", error)
+    return error
+
 
 
 def test_kernels_of_maps_with_a_known_answer():
@@ -1838,63 +1889,110 @@ def test_kernels_of_maps_with_a_known_answer():
     assert torch.allclose(uniform, torch.full((2, 3, 9, 9), 1 / 25))
     shift = torch.zeros(25, 25)                 # each patch looks one to the right, if there is one
     for i in range(25):
-        shift[i, i + (i % 5 < 4)] = i % 5 < 4
+        if i % 5 < 4:
+            shift[i, i + 1] = 1
     kernel = va.attention_kernels(shift)
     assert kernel[4, 5] == 1 and kernel.sum() == 1          # one below the middle would be [5, 4]
 
 
-def test_every_figure_and_its_numbers(runs, tmp_path, capsys):
-    assert va.main([*map(str, runs), "--output-dir", str(tmp_path), "--gif"]) == 0
-    table = capsys.readouterr().out
-    assert re.search(r"before training +4\.1", table) and "after ALI" in table
-    for name, frames in dict(summary=1, heatmaps=1, distance=1, kernels=1, curriculum=1,
-                             locality=4).items():
-        picture = Image.open(next(tmp_path.glob(f"{name}.*")))
-        assert getattr(picture, "n_frames", 1) == frames
+def test_every_figure_is_drawn(figures):
+    frames = dict(summary=1, heatmaps=1, distance=1, kernels=1, curriculum=1, locality=4)
+    for name, n in frames.items():
+        picture = Image.open(next(figures.glob(f"{name}.*")))
+        assert getattr(picture, "n_frames", 1) == n
         assert np.asarray(picture.convert("L")).std() > 10, name            # not blank
-    loaded = [va.load_run(r) for r in (runs[1], runs[0])]
-    images, labels = va.run_images(loaded[0], None, None)
-    x, path = cikd.to_float(images[:3]), tmp_path / "x.png"
-    columns = va.heatmaps(loaded, images[:3], ["a", "b", "c"], path, 2 * 8 + 5)
-    assert list(columns) == ["surrogate, layer2", "after ALI", "after LM", "scratch"] and all(
-        torch.allclose(maps.sum((1, 2)), torch.ones(3), atol=1e-4) for maps in columns.values())
-    maps = list(cikd.student_maps(loaded[0].students["after LM"], x))[5].mean(1)
-    assert torch.allclose(columns["after LM"].flatten(1), maps[:, 2 * 8 + 5])
-    want = va.surrogate_maps(loaded[0], x, 2).mean(1)                       # [3, N, N]
-    assert torch.allclose(columns["surrogate, layer2"].flatten(1), want[:, 2 * 8 + 5])
-    chosen, _ = va.looks(loaded, images[:3], None)                          # the most selective
-    entropy = torch.distributions.Categorical(want).entropy()               # [3, N]
-    assert chosen.tolist() == entropy.argmin(1).tolist()
-    assert va.looks(loaded[1:], images[:3], None)[0].tolist() == [34] * 3   # there is no teacher
-    last = read_metrics(runs[1])[-1]
-    assert va.curriculum(loaded, path)["accuracy"]["cikd"][-1] == float(last["accuracy"])
-    students, references = va.measure(loaded, images)
-    assert [m["label"] for m in students + references] == [
-        "before training", "after ALI", "after LM", "scratch", "surrogate, layer1",
-        "surrogate, layer2"]
-    names = {label for _, label, *_ in va.stages_of([loaded[0]] * 3)}
-    assert len(names) == 5                      # one run thrice: three stages, two told apart
-    far = float(last["attention_distance"])
-    assert float(students[2]["distance"].mean()) == pytest.approx(far, abs=1e-4)
-    frames = va.locality_gif(loaded[0], images, tmp_path / "x.gif")
-    assert list(frames) == [0, 1, 2, 3]
-    assert torch.allclose(frames[3], students[2]["kernels"], atol=2e-3)     # snapshots are fp16
 
 
-def test_the_explorer_holds_the_maps_and_distances_of_the_models(runs, tmp_path):
-    loaded = [va.load_run(r) for r in (runs[1], runs[0])]
-    images, path = va.run_images(loaded[0], None, None)[0][:4], tmp_path / "explorer.html"
-    va.explorer(loaded, images, list("abcd"), path)
-    assert path.stat().st_size < 1e6
+def test_the_table_has_a_row_for_each_stage_run_and_surrogate(loaded, runs, capsys):
+    images, _ = va.run_images(loaded[0])
+    students = va.measure_students(entries_of(loaded), images)
+    surrogates = va.measure_surrogates(loaded[0], images)
+    assert [row.label for row in students] == ["before training", "after ALI", "after LM", "scratch"]
+    assert [row.label for row in surrogates] == ["surrogate, layer1", "surrogate, layer2"]
+    rows = read_metrics(runs["cikd"])
+    accuracies = [float(rows[0]["accuracy"]), float(rows[2]["accuracy"])]
+    assert [row.accuracy for row in students[:3]] == [None, *accuracies]
+    far = float(rows[2]["attention_distance"])
+    assert float(students[2].distance.mean()) == pytest.approx(far, abs=1e-4)
+    va.print_table(surrogates + students)
+    table = capsys.readouterr().out
+    assert re.search(r"before training +4\.1", table)
+    assert re.search(rf"after LM +{accuracies[1]:.1f} % +{far:.2f}", table)
+
+
+def test_heatmaps_show_where_the_chosen_patch_looks(loaded, tmp_path):
+    images, _ = va.run_images(loaded[0])
+    images = images[:3]
+    query = 2 * 8 + 5
+    looked = va.looks(loaded[0], entries_of(loaded), images, query)
+    columns = va.heatmaps(loaded[0], looked, ["a", "b", "c"], tmp_path / "x.png")
+    assert list(columns) == ["surrogate, layer2", "after ALI", "after LM", "scratch"]
+    for maps in columns.values():
+        assert torch.allclose(maps.sum((1, 2)), torch.ones(3), atol=1e-4)
+    floats = cikd.to_float(images)
+    blocks = list(cikd.student_maps(loaded[0].moments[-1].student, floats))
+    assert torch.allclose(columns["after LM"].flatten(1), blocks[5].mean(1)[:, query])
+    want = va.surrogate_maps(loaded[0], floats, 2).mean(1)                  # [3, N, N]
+    assert torch.allclose(columns["surrogate, layer2"].flatten(1), want[:, query])
+
+
+def test_without_a_query_the_most_selective_inner_patch_is_shown(loaded):
+    images, _ = va.run_images(loaded[0])
+    looked = va.looks(loaded[0], [], images[:8], None)
+    maps = va.surrogate_maps(loaded[0], cikd.to_float(images[:8]), 2).mean(1)
+    entropy = torch.distributions.Categorical(maps).entropy().view(8, 8, 8)
+    inner = entropy[:, 1:-1, 1:-1].flatten(1).argmin(1)                     # of 6 x 6 patches
+    want = [(i // 6 + 1) * 8 + i % 6 + 1 for i in inner.tolist()]
+    assert looked.queries.tolist() == want
+    assert want != entropy.flatten(1).argmin(1).tolist()    # some would lie at the border
+    alone = va.looks(loaded[1], entries_of(loaded), images[:3], None)
+    assert alone.queries.tolist() == [34] * 3               # there is no teacher
+    maps = torch.full((1, 9, 9), 1 / 9)
+    maps[0, 0] = F.one_hot(torch.tensor(0), 9)              # the corner looks at itself alone
+    assert va.selective_patches(maps).tolist() == [4]
+    maps = torch.full((1, 4, 4), 1 / 4)                     # 2 x 2 patches: none is an inner one
+    maps[0, 3] = F.one_hot(torch.tensor(0), 4)
+    assert va.selective_patches(maps).tolist() == [3]
+
+
+def test_the_curves_are_metrics_csv(loaded, runs, tmp_path):
+    drawn = va.curriculum(va.lines_of(loaded), tmp_path / "x.png")
+    for method, folder in runs.items():
+        for name, values in drawn.items():
+            assert values[method] == [float(row[name]) for row in read_metrics(folder)]
+
+
+def test_runs_of_one_method_are_told_apart(loaded):
+    entries = entries_of([loaded[0]] * 3)
+    assert len({entry.label for entry in entries}) == 5     # three stages, two other runs
+    assert len({entry.color for entry in entries}) == 5
+
+
+def test_the_gif_holds_the_kernels_of_the_snapshots(loaded, tmp_path):
+    images, _ = va.run_images(loaded[0])
+    found = va.locality_gif(loaded[0], images, tmp_path / "x.gif")
+    assert list(found) == [0, 1, 2, 3]
+    last = va.measure_students(entries_of(loaded), images)[2]
+    assert torch.allclose(found[3], last.kernels, atol=2e-3)    # snapshots are fp16
+
+
+def test_the_explorer_holds_the_maps_and_distances_of_the_models(loaded, figures, tmp_path):
+    images, _ = va.run_images(loaded[0])
+    images = images[:4]
+    path = tmp_path / "explorer.html"
+    va.explorer(loaded[0], entries_of(loaded), images, list("abcd"), path)
+    assert path.stat().st_size < 1e6 and (figures / "explorer.html").stat().st_size < 1e6
     data = json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.S)[1])
     maps = torch.frombuffer(bytearray(base64.b64decode(data["maps"])), dtype=torch.uint8)
     maps = maps.view(*data["shape"], 64) / 255              # [n, blocks, panels, H, N, N]
     distances = torch.tensor(data["distances"]).view(data["shape"])
     assert data["shape"] == [4, 2, 5, 4, 64]                # surrogate, 3 stages, scratch
-    x, student = cikd.to_float(images), loaded[0].students["after LM"]
-    for panel, block, want in ((0, 1, va.surrogate_maps(loaded[0], x, 2)),
-                               (3, 0, list(cikd.student_maps(student, x))[0])):
-        shown, top = maps[:, block, panel], want.amax(-1, keepdim=True)
+    floats = cikd.to_float(images)
+    surrogate = va.surrogate_maps(loaded[0], floats, 2)
+    student = next(cikd.student_maps(loaded[0].moments[-1].student, floats))
+    for panel, block, want in ((0, 1, surrogate), (3, 0, student)):
+        shown = maps[:, block, panel]
+        top = want.amax(-1, keepdim=True)
         assert ((shown - want / top).abs() <= 0.5 / 255 + 1e-5).all()
         far = cikd.attention_distance(want)                 # [n, H], mean of all patches
         assert torch.allclose(distances[:, block, panel].mean(-1), far, atol=1e-3)
@@ -1910,46 +2008,147 @@ LOGITS = {"cikd": "3.0272 -.86584 1.2145 -.51038 -.10718 -1.2229 -.39582 -1.3515
 def test_the_stored_weights_give_the_logits_that_they_gave(name):
     run = va.load_run(HERE / "figures" / "runs" / name)         # strict, the teacher too
     x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
-    logits = list(run.students.values())[-1](x)[0]
-    assert logits.tolist() == pytest.approx([*map(float, LOGITS[name].split())], abs=1e-4)
+    logits = run.moments[-1].student(x)[0]
+    assert logits.tolist() == pytest.approx([float(x) for x in LOGITS[name].split()], abs=1e-4)
 
 
-def test_own_picture_and_a_moved_run(runs, tmp_path):
-    shutil.copytree(runs[1].parent, tmp_path / "runs")
-    Image.fromarray(np.full((50, 70, 3), 99, np.uint8)).save(tmp_path / "mine.jpg")
-    done = run_cli(tmp_path, "--image", "mine.jpg", "--format", "svg", "--html",
-                   script="visualize_attention.py",                         # of the newest run
-                   env=os.environ | {"MPLBACKEND": "module://nowhere"})
-    assert done.returncode == 0 and len(list(tmp_path.glob("runs/*/figures/*.svg"))) == 5
-    student, classes, cfg = cikd.load_student(runs[1])
-    p = student(cikd.prepare(tmp_path / "mine.jpg", 32)).softmax(1)[0]
-    best = [f"{classes[i]} {100 * p[i]:.1f} %" for i in p.argsort(descending=True)[:3]]
-    assert f"mine.jpg: {', '.join(best)}" in done.stdout
+def test_a_row_in_methods_and_teachers_is_all_that_a_reader_adds(tiny, runs, monkeypatch, capsys):
+    monkeypatch.setitem(cikd.METHODS, "mine", (cikd.JOINT, cikd.LM))
+    monkeypatch.setitem(cikd.TEACHERS, "resnet8", ((1, 1, 1), 16))
+    folder = cikd.train(replace(tiny, method="mine", teacher="resnet8"))["folder"]
+    monkeypatch.delitem(cikd.METHODS, "mine")   # as for one who changed METHODS for that run only
+    run = va.load_run(folder)
+    assert [span.stage for span in run.spans] == ["ALI+LM", "LM"]
+    labels = [moment.label for moment in run.moments]
+    assert labels == ["before training", "after ALI+LM", "after LM"]
+    switched = cikd.build_student(run.cfg, len(run.classes))
+    cikd.load(Path(folder) / "student_ali+lm.pt", switched)
+    assert equal(switched.state_dict(), run.moments[1].student.state_dict())
+    lines = va.lines_of([run, va.load_run(runs["cikd"])])
+    assert lines[0].color != lines[1].color
+    assert va.main([folder, "--html"]) == 0
+    assert re.search(r"after ALI\+LM +\d", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("fault,says", [
-    ("student.pt", "not a checkpoint"), ("settings.json", "another version"), ("gone", "No such"),
-    ("teacher", "is not the teacher"), ("--index 99", "--index"), ("--query 8 0", "--query"),
-    ("--image nowhere.png", "nowhere.png"),
-    ("--colour red", "--colour"), ("--gif", "no snapshots"), ("other", "other images")])
-def test_visualize_faults(fault, says, runs, tmp_path, capsys):
-    shutil.copytree(runs[1].parent, tmp_path / "runs")
-    run = tmp_path / "runs" / runs[1].name
-    args = [run, *fault.split()] if fault[0] == "-" else [run]
-    if fault == "gone":
-        args = [tmp_path / "nowhere"]
-    elif fault == "teacher":
-        (run / "settings.json").write_text(json.dumps(read_facts(run) | dict(teacher_hash="0")))
-    elif fault == "other":
-        args.append(cikd.train(cikd.Config(**TINY | dict(seed=1, data_seed=1, method="scratch"),
-                                           output_dir=str(tmp_path)))["folder"])
-    elif fault == "--gif":
-        shutil.rmtree(run / "snapshots")
-    elif fault[0] != "-":
-        (run / fault).write_text("{}")
-    assert va.main([*map(str, args), "--output-dir", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(r"visualize_attention: error: [^\n]+\n", error) and says in error
+def test_own_pictures_are_classified_and_the_first_four_drawn(copied, photos, tmp_path):
+    argv = ["--image", *photos, "--format", "svg", "--html"]
+    done = run_cli(tmp_path, *argv, script="visualize_attention.py",        # of the newest run
+                   env=os.environ | {"MPLBACKEND": "nowhere"})      # as a notebook may have named it
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("runs/*/figures/*.svg"))) == 5
+    student, classes, _ = cikd.load_student(copied)
+    for photo in photos:
+        p = student(cikd.prepare(photo, 32)).softmax(1)[0]
+        best = [f"{classes[i]} {100 * p[i]:.1f} %" for i in p.argsort(descending=True)[:3]]
+        assert f"\n{photo}: {', '.join(best)}\n" in done.stdout
+    page = (copied / "figures" / "explorer.html").read_text()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert len(data["images"]) == 4
+
+
+def test_who_imports_the_visualizer_keeps_the_backend(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "svg")
+    runpy.run_path(va.__file__, run_name="imported")
+    assert os.environ["MPLBACKEND"] == "svg"
+
+
+def test_settings_of_matplotlib_change_no_figure_but_fonts_stay(figures, runs, tmp_path):
+    theirs = {
+        "image.origin": "lower", "image.cmap": "gray", "image.interpolation": "bilinear",
+        "text.usetex": True, "font.size": 30, "figure.dpi": 40, "savefig.bbox": "tight",
+        "savefig.facecolor": "black", "axes.grid": True, "axes.facecolor": "red",
+        "lines.linestyle": ":", "xtick.labelsize": 30, "legend.frameon": False,
+    }
+    argv = [str(runs["scratch"]), str(runs["cikd"]), "--output-dir", str(tmp_path), "--gif"]
+    with matplotlib.rc_context(theirs):
+        assert va.main(argv) == 0
+        assert matplotlib.rcParams["image.origin"] == "lower"       # for their own figures
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (figures / file.name).read_bytes(), file.name
+    with matplotlib.rc_context({"font.family": ["serif"]}), va.our_settings():
+        assert matplotlib.rcParams["font.family"] == ["serif"]
+
+
+def test_long_class_names_are_shortened_and_no_name_is_a_formula(loaded, tmp_path):
+    name = r"$\a$ very long name of a class that no page has any room for 2"
+    run = loaded[0]._replace(classes=[f"{name}{i}" for i in range(10)])
+    images, truth = va.run_images(run)
+    captions = va.captions_of(run, va.chances_of(run, images[:2]), truth[:2])
+    assert captions[1].splitlines()[0] == rf"true: $\a$ very long…om for 2{int(truth[1])}"
+    assert all(len(text) < 40 for caption in captions for text in caption.splitlines())
+    looked = va.looks(run, entries_of(loaded), images[:2], None)
+    va.heatmaps(run, looked, captions, tmp_path / "heatmaps.png")
+
+
+@pytest.mark.parametrize("argv,says", [
+    ("--index 99", "--index"), ("--query 8 0", "--query"), ("--colour red", "--colour"),
+    ("--image nowhere.png", "nowhere.png"), ("--image .", "before --image")])
+def test_visualizer_refuses_what_cannot_be(argv, says, copied, capsys):
+    assert says in visualizer_fails(capsys, copied, *argv.split())
+
+
+@pytest.mark.parametrize("file,content,says", [
+    ("student.pt", "{}", "not a checkpoint"), ("settings.json", "{}", "another version"),
+    ("settings.json", "", "--overwrite"), ("settings.json", '{"dataset": "sha', "--overwrite"),
+    ("metrics.csv", "", "--overwrite"), ("metrics.csv", "stage,epoch,lo", "--overwrite"),
+    ("metrics.csv", "stage,epoch,accuracy\nALI,1,9\nLM,2,9\n", "2 of 3 epochs")])
+def test_a_spoiled_file_of_a_run_is_named(file, content, says, copied, capsys):
+    (copied / file).write_text(content)
+    error = visualizer_fails(capsys, copied)
+    assert says in error and str(copied) in error
+    assert file in error or content == "{}"
+
+
+def test_an_unreadable_picture_among_others_is_named(copied, photos, capsys):
+    Path(photos[2]).write_bytes(b"no picture")
+    assert photos[2] in visualizer_fails(capsys, copied, "--image", *photos)
+
+
+def test_a_run_that_is_not_there_or_does_not_fit_is_named(copied, tiny, tmp_path, capsys):
+    assert "No such" in visualizer_fails(capsys, tmp_path / "nowhere")
+    shutil.rmtree(copied / "snapshots")
+    assert "no snapshots" in visualizer_fails(capsys, copied, "--gif")
+    other = cikd.train(replace(tiny, method="scratch", data_seed=1))["folder"]
+    assert "other images" in visualizer_fails(capsys, copied, other)
+    facts = read_facts(copied)
+    (copied / "settings.json").write_text(json.dumps(facts | dict(teacher_hash="0")))
+    assert "is not the teacher" in visualizer_fails(capsys, copied)
+
+
+def test_images_that_moved_or_changed_are_asked_for_by_the_visualizers_own_options(
+        tmp_path, monkeypatch, capsys):
+    pictures, labels = cikd.make_shapes(80, 0)
+    for i, (picture, label) in enumerate(zip(pictures, labels)):
+        file = tmp_path / "set" / ("train" if i < 60 else "test") / f"class{label}" / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file)
+    monkeypatch.chdir(tmp_path)
+    cfg = cikd.Config(dataset="folder", data_dir="set", method="scratch", image_size=32,
+                      patch_size=4, student="vit_micro", crop="none", epochs=1, holdout=30)
+    run = cikd.train(cfg)["folder"]
+    (tmp_path / "set").rename("moved")
+    error = visualizer_fails(capsys, run)
+    assert "--data-dir" in error and "--image" in error and "--holdout" not in error
+    assert va.main([run, "--data-dir", "moved"]) == 0
+    capsys.readouterr()
+    first = tmp_path / "moved" / "train" / "class0" / "00.png"
+    first.unlink()
+    assert "other images" in visualizer_fails(capsys, run, "--data-dir", "moved")
+    first.write_bytes(b"no picture")
+    error = visualizer_fails(capsys, run, "--data-dir", "moved")
+    assert "00.png" in error and "--image" in error and "--holdout" not in error
+    for other in (tmp_path / "moved" / "train").glob("class0/*"):
+        other.unlink()
+    error = visualizer_fails(capsys, run, "--data-dir", "moved")
+    assert "--data-dir" in error and "--image" in error and "--holdout" not in error
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(copied, capsys):
+    (copied / "figures").write_text("a file")
+    assert "--output-dir" in visualizer_fails(capsys, copied)
+    out = copied / "figures" / "below"
+    assert "--output-dir" in visualizer_fails(capsys, copied, "--output-dir", out)
+
 
 
 # ---- the README

@@ -2,24 +2,38 @@
 
     python visualize_attention.py                       # the newest finished run under runs/
     python visualize_attention.py RUN [RUN ...]         # these, e.g. cikd, kd and scratch together
-    python visualize_attention.py --image cat.jpg       # your own picture instead of test images
+    python visualize_attention.py RUN --image a.jpg b.jpg       # classify, draw your pictures
     python visualize_attention.py --index 3 8 --query 2 5 --format pdf --html
 
-The first run named (a cikd run, if there is one) is shown before training, after ALI and after LM,
-others at their end; heatmaps and distances show only scratch of them. CLS is left out, as in ALI.
+The first run that has several stages (else the first one named) is shown before training and after
+each stage, the others at their end. Heatmaps and distances show only those of them that had no
+teacher (scratch). CLS is left out, as in ALI.
 """
 from __future__ import annotations
 
 import argparse
 import base64
-import csv
+import html
 import io
 import json
+import os
 import sys
+import tempfile
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from itertools import cycle, groupby
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
+# A script only writes files. The backend that a notebook names for its `!python` may be missing
+# here, and then matplotlib cannot be imported. Who imports this file keeps the backend.
+if __name__ == "__main__" and not hasattr(sys, "ps1"):
+    os.environ["MPLBACKEND"] = "agg"
+
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
@@ -32,22 +46,50 @@ from PIL import Image
 import cikd
 from cikd import need
 
-COLORS = {"before training": "#999999", "after ALI": "#E69F00", "after LM": "#0072B2",
-          "cikd": "#0072B2", "joint": "#CC79A7", "kd": "#009E73", "scratch": "#D55E00",
-          "twins": ("#56B4E9", "#F0E442", "#000000", "#882255", "#44AA99")}     # Okabe, Ito; Tol
+COLORS = {                              # Okabe, Ito: told apart by colour-blind readers, too
+    "before training": "#999999",
+    "after ALI": "#E69F00",             # also after any other stage before the switch
+    "after LM": "#0072B2",
+    "cikd": "#0072B2",
+    "joint": "#CC79A7",
+    "kd": "#009E73",
+    "scratch": "#D55E00",
+}
+SPARE_COLORS = ("#882255", "#44AA99", "#56B4E9", "#000000", "#F0E442")  # other methods; Okabe; Tol
+FRAME_COLOR = "#56B4E9"
+QUIET_COLOR = "#555555"
+DRAWN = 4                               # images in a figure
+
 
 # %% 1. Runs: settings, models, images -------------------------------------------------------------
+class Span(NamedTuple):
+    """A stage as metrics.csv has it."""
+    stage: str
+    first: int                                  # epoch, from 1
+    last: int
+    accuracy: float                             # percent, after the last epoch
+
+
+class Moment(NamedTuple):
+    """A student at one moment of its training."""
+    label: str                                  # before training, after ALI, after LM
+    student: cikd.VisionTransformer
+    span: Span | None                           # that has just ended; None before training
+
+
 class Run(NamedTuple):
-    """A finished run. `students` in the order of training: before training, after ALI, after LM."""
+    """A finished run."""
     folder: Path
     cfg: cikd.Config
     classes: list[str]
-    students: dict[str, cikd.VisionTransformer]
+    moments: list[Moment]                       # in the order of training
     teacher: cikd.ResNetTeacher | None
     rows: list[dict]                            # of metrics.csv
+    spans: list[Span]                           # one, or two if the stage was switched
     images_hash: str
     grid: int                                   # patches along a side
     pairs: list[tuple[int, int]]                # block, layer
+
 
 def newest_run(output_dir: str | Path = "runs") -> Path:
     """The finished run under `output_dir` with the newest student.pt. Raises CIKDError."""
@@ -55,304 +97,595 @@ def newest_run(output_dir: str | Path = "runs") -> Path:
     need(found, f"{output_dir}: holds no finished run; make one with `python cikd.py`, or name one")
     return found[-1].parent
 
-def load_run(folder: str | Path) -> Run:
-    """A finished run's models, rebuilt from its settings. Raises CIKDError."""
-    last, classes, cfg = cikd.load_student(folder)
-    folder, students, teacher = Path(folder).expanduser().absolute(), {}, None
-    for file, name in {"student_init": "before training", "student_ali": "after ALI"}.items():
-        if (folder / f"{file}.pt").exists():
-            students[name] = cikd.build_student(cfg, len(classes)).eval()
-            cikd.load(folder / f"{file}.pt", students[name])
-    students["after LM" if cfg.method == "cikd" else f"after {cfg.method}"] = last
-    facts = json.loads((folder / "settings.json").read_text())
-    if facts["teacher_file"]:
-        file = folder.parent / facts["teacher_file"]
-        teacher = cikd.ResNetTeacher(cfg.teacher, len(classes), cfg.image_size).eval()
-        cikd.load(file, teacher)
-        need(cikd.hash_of(file.read_bytes()) == facts["teacher_hash"],
-             f"{file}: is not the teacher that {folder} learned from; bring that back")
-    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    grid, pairs = cfg.image_size // cfg.patch_size, cikd.parse_pairs(cfg.pairs, cfg.student)
-    return Run(folder, cfg, classes, students, teacher, rows, facts["images"], grid, pairs)
 
-def run_images(run: Run, image: str | None, data_dir: str | None) -> tuple:
-    """uint8 [n, 3, S, S] and labels [n]: the run's own test images, or one picture and None."""
-    if image is not None:
-        return cikd.to_rgb(cikd.open_image(image), run.cfg.image_size)[None], None
-    run.cfg.data_dir = data_dir or run.cfg.data_dir
-    data = cikd.load_dataset(run.cfg)           # shapes: other CPUs may round a pixel differently
+def spans_of(rows: list[dict]) -> list[Span]:
+    """The stages of a run, from its own rows: METHODS may have changed since."""
+    spans = []
+    first = 1
+    for stage, group in groupby(rows, key=lambda row: row["stage"]):
+        stage_rows = list(group)
+        last = first + len(stage_rows) - 1
+        accuracy = float(stage_rows[-1]["accuracy"])
+        spans.append(Span(stage, first, last, accuracy))
+        first = last + 1
+    return spans
+
+
+def earlier_moments(folder: Path, last: cikd.VisionTransformer, spans: list[Span]) -> list[Moment]:
+    """The student before training and at each switch of stage, where the file was kept."""
+    def moment(label, file, span):
+        student = deepcopy(last)
+        cikd.load(file, student)
+        return Moment(label, student, span)
+
+    moments = []
+    start = folder / "student_init.pt"
+    if start.exists():
+        moments.append(moment("before training", start, None))
+    for span in spans[:-1]:
+        switch = folder / f"student_{span.stage.lower()}.pt"
+        if switch.exists():
+            moments.append(moment(f"after {span.stage}", switch, span))
+    return moments
+
+
+def load_teacher(folder: Path, cfg: cikd.Config, facts: dict) -> cikd.ResNetTeacher | None:
+    """The teacher that a run learned from, if it had one. Raises CIKDError."""
+    if not facts["teacher_file"]:
+        return None
+    file = folder.parent / facts["teacher_file"]
+    teacher = cikd.ResNetTeacher(cfg.teacher, len(facts["classes"]), cfg.image_size).eval()
+    cikd.load(file, teacher)
+    need(cikd.hash_of(file.read_bytes()) == facts["teacher_hash"],
+         f"{file}: is not the teacher that {folder} learned from; bring that back")
+    return teacher
+
+
+def load_run(folder: str | Path) -> Run:
+    """A finished run's models, rebuilt from its settings. Raises CIKDError, OSError."""
+    folder = Path(folder).expanduser().absolute()
+    last, classes, cfg = cikd.load_student(folder)
+    facts = cikd.read_facts(folder)
+    metrics = folder / "metrics.csv"
+    rows = cikd.read_rows(metrics)
+    need(len(rows) == cfg.epochs, f"{metrics}: has {len(rows)} of {cfg.epochs} epochs; train this "
+         "run again with --overwrite")
+    spans = spans_of(rows)
+    end = spans[-1].stage if len(spans) > 1 else cfg.method
+    moments = earlier_moments(folder, last, spans)
+    moments.append(Moment(f"after {end}", last, spans[-1]))
+    return Run(
+        folder=folder,
+        cfg=cfg,
+        classes=classes,
+        moments=moments,
+        teacher=load_teacher(folder, cfg, facts),
+        rows=rows,
+        spans=spans,
+        images_hash=facts["images"],
+        grid=cfg.image_size // cfg.patch_size,
+        pairs=cikd.parse_pairs(cfg.pairs, cfg.student),
+    )
+
+
+def run_images(run: Run, pictures: list[str] | None = None,
+               data_dir: str | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """uint8 [n, 3, S, S] and class numbers [n]: the run's own test images, or these picture files
+    and None. Raises CIKDError."""
+    if pictures:
+        opened = []
+        for picture in pictures:
+            need(not Path(picture).is_dir(),
+                 f"{picture}: is a folder; name runs before --image and picture files after it")
+            opened.append(cikd.to_rgb(cikd.open_image(picture), run.cfg.image_size))
+        return torch.stack(opened), None
+    where = os.path.expanduser(data_dir or run.cfg.data_dir or "")      # shapes lie nowhere
+    remedy = "name the folder where they lie by --data-dir, or pictures by --image"
+    try:
+        data = cikd.load_dataset(replace(run.cfg, data_dir=where))
+    except cikd.CIKDError as error:
+        # What names an option is advice for a training.
+        reasons = [part for part in str(error).split("; ") if "--" not in part]
+        reason = "; ".join(reasons) or f"{where} holds others"
+        raise cikd.CIKDError(f"{run.folder}: cannot read its images ({reason}); {remedy}") from None
+    # Shapes are made anew, and another CPU may round a pixel differently.
     need(data.images_hash == run.images_hash or run.cfg.dataset == "shapes",
-         f"{run.folder}: learned other images than {run.cfg.data_dir} holds; see --data-dir")
+         f"{run.folder}: learned other images than {where} holds; {remedy}")
     return data.test
+
 
 # %% 2. Numbers: what the figures show, and what the tests check -----------------------------------
 def attention_kernels(maps: torch.Tensor) -> torch.Tensor:
     """Attention by offset from query to key (Cordonnier 2020): [..., N, N] -> [..., 2g-1, 2g-1].
     Summed over queries, divided by how many have a key at that offset; the centre is (0, 0)."""
-    g = round(maps.shape[-1] ** 0.5)
-    total = maps.new_zeros(*maps.shape[:-2], 2 * g - 1, 2 * g - 1)
-    for query in range(g * g):
-        row, col = g - 1 - query // g, g - 1 - query % g        # the first key's offset
-        total[..., row:row + g, col:col + g] += maps[..., query, :].unflatten(-1, (g, g))
-    keys = g - torch.arange(1 - g, g).abs()                     # along one axis
-    return total / (keys[:, None] * keys)
+    grid = round(maps.shape[-1] ** 0.5)
+    total = maps.new_zeros(*maps.shape[:-2], 2 * grid - 1, 2 * grid - 1)
+    for query in range(grid * grid):
+        top = grid - 1 - query // grid                          # the first key's offset
+        left = grid - 1 - query % grid
+        keys = maps[..., query, :].unflatten(-1, (grid, grid))          # [..., g, g]
+        total[..., top:top + grid, left:left + grid] += keys
+    counts = grid - torch.arange(1 - grid, grid).abs()          # of such queries, along one axis
+    return total / (counts[:, None] * counts)
+
 
 def summary(images: torch.Tensor, maps_of) -> dict[str, torch.Tensor]:
     """Means over images of maps_of(images) -> maps [n, H, N, N] block by block: distance (patches)
     [blocks, H] and kernels [blocks, H, 2g-1, 2g-1]. Only one block's maps are held at a time."""
-    total, n = {}, 0
+    distance = 0
+    kernel = 0
+    n = 0
     for part in cikd.probe(images):
-        shown = [(cikd.attention_distance(maps).sum(0), attention_kernels(maps).sum(0))
-                 for maps in maps_of(cikd.to_float(part))]
-        for name, values in zip(("distance", "kernels"), zip(*shown)):
-            total[name] = total.get(name, 0) + torch.stack(values)
+        distance_by_block = []
+        kernel_by_block = []
+        for maps in maps_of(cikd.to_float(part)):
+            distance_by_block.append(cikd.attention_distance(maps).sum(0))      # [H]
+            kernel_by_block.append(attention_kernels(maps).sum(0))      # [H, 2g-1, 2g-1]
+        distance = distance + torch.stack(distance_by_block)
+        kernel = kernel + torch.stack(kernel_by_block)
         n += len(part)
-    return {name: values / n for name, values in total.items()}
+    return {"distance": distance / n, "kernels": kernel / n}
+
 
 @torch.no_grad()
-def surrogate_maps(run: Run, images: torch.Tensor, layer: int) -> torch.Tensor:
+def surrogate_maps(run: Run, floats: torch.Tensor, layer: int) -> torch.Tensor:
     """The teacher's surrogate at a layer, from 1: float [n, 3, S, S] -> [n, H, N, N]."""
-    _, features = run.teacher.forward_taps(images, [layer], classify=False)
+    _, features = run.teacher.forward_taps(floats, [layer], classify=False)
     return cikd.teacher_attention(features[layer], run.grid, run.cfg.heads, run.cfg.tau)
 
-def stages_of(runs: list[Run]) -> list[tuple[Run, str, cikd.VisionTransformer, str]]:
-    """(run, label, student, colour): all stages of the first run, then how the others ended."""
+
+class Line(NamedTuple):
+    """A run as figures by epoch show it."""
+    run: Run
+    label: str
+    color: str
+
+
+class Entry(NamedTuple):
+    """A student as all other figures show it."""
+    label: str
+    color: str
+    moment: Moment
+    own: bool               # of the first run; else it stands beside that run for comparison
+    detailed: bool          # heatmaps and distances show it, too
+
+
+def lines_of(runs: list[Run]) -> list[Line]:
+    """Each run with a label and a colour that tell it from the others."""
     methods = [run.cfg.method for run in runs]
-    shown = [(runs[0], name, student, COLORS.get(name, COLORS[methods[0]]))
-             for name, student in runs[0].students.items()]
-    for i, run in enumerate(runs[1:], 1):
-        twin, last = methods.count(methods[i]) > 1, list(run.students.values())[-1]
-        label = f"{methods[i]} {i} …{run.folder.name[-9:]}" if twin else methods[i]
-        shown.append((run, label, last, COLORS["twins"][i % 5] if twin else COLORS[methods[i]]))
-    return shown
+    spare = cycle(SPARE_COLORS)
+    lines = []
+    for number, run in enumerate(runs):
+        label = run.cfg.method
+        color = COLORS.get(label)
+        if number > 0 and methods.count(label) > 1:
+            label = f"{label} {number} …{run.folder.name[-9:]}"
+            color = None
+        lines.append(Line(run, label, color or next(spare)))
+    return lines
+
+
+def color_after(line: Line, span: Span) -> str:
+    """After its last stage a student has its run's colour."""
+    if span == line.run.spans[-1]:
+        return line.color
+    return COLORS.get(f"after {span.stage}", COLORS["after ALI"])
+
+
+def entries_of(lines: list[Line]) -> list[Entry]:
+    """All moments of the first run, then how the others ended."""
+    first = lines[0]
+    entries = []
+    for moment in first.run.moments:
+        color = color_after(first, moment.span) if moment.span else COLORS["before training"]
+        entries.append(Entry(moment.label, color, moment, own=True, detailed=True))
+    for line in lines[1:]:
+        alone = line.run.teacher is None
+        last = line.run.moments[-1]
+        entries.append(Entry(line.label, line.color, last, own=False, detailed=alone))
+    return entries
+
+
+class Measured(NamedTuple):
+    """A student's locality, or that of a surrogate, as means over images."""
+    label: str
+    color: str
+    accuracy: float | None      # percent
+    distance: torch.Tensor      # patches, [blocks, H]
+    kernels: torch.Tensor       # [blocks, H, 2g-1, 2g-1]
+
+
+def measure_students(entries: list[Entry], images: torch.Tensor) -> list[Measured]:
+    table = []
+    for entry in entries:
+        found = summary(images, partial(cikd.student_maps, entry.moment.student))
+        span = entry.moment.span
+        accuracy = span.accuracy if span else None
+        table.append(Measured(entry.label, entry.color, accuracy, **found))
+    return table
+
+
+def measure_surrogates(run: Run, images: torch.Tensor) -> list[Measured]:
+    """What the teacher shows at each layer that the student imitates; without one, nothing."""
+    def measure(layer):
+        found = summary(images, lambda floats: [surrogate_maps(run, floats, layer)])
+        return Measured(f"surrogate, layer{layer}", "black", None, **found)
+
+    layers = sorted({layer for _, layer in run.pairs}) if run.teacher else []
+    return [measure(layer) for layer in layers]
+
+
+def print_table(table: list[Measured]) -> None:
+    width = max(20, *(len(measured.label) for measured in table))
+    print(f"{'':{width}} accuracy  distance (patches): mean, then each block")
+    for measured in table:
+        accuracy = "" if measured.accuracy is None else f"{measured.accuracy:.1f} %"
+        by_block = measured.distance.mean(1)
+        numbers = " ".join(f"{value:.2f}" for value in by_block)
+        print(f"{measured.label:{width}} {accuracy:>8}  {by_block.mean():.2f}   {numbers}")
+
+
+class Column(NamedTuple):
+    label: str
+    maps: torch.Tensor          # [n, g, g]
+    trained: bool
+
+
+class Looks(NamedTuple):
+    """Where one patch of each image looks in the last block that imitates, mean of heads."""
+    images: torch.Tensor        # uint8 [n, 3, S, S]
+    queries: torch.Tensor       # [n], the patches' numbers
+    columns: list[Column]       # of the surrogate and of students
+
+
+def usual_patch(grid: int) -> int:
+    """A patch to begin with, on the middle row, left of the middle."""
+    return grid * grid // 2 + grid // 4
+
+
+def selective_patches(maps: torch.Tensor) -> torch.Tensor:
+    """The patch that looks most selectively (lowest entropy) in each of the maps: [n, N, N] -> [n].
+    Only an inner one, where there are any: at the border there is often nothing to see."""
+    grid = round(maps.shape[-1] ** 0.5)
+    score = torch.xlogy(maps, maps).sum(-1)                     # minus the entropy, [n, N]
+    if grid >= 3:
+        border = torch.ones(grid, grid, dtype=torch.bool)
+        border[1:-1, 1:-1] = False
+        score = score.masked_fill(border.flatten(), -torch.inf)
+    return score.argmax(1)
+
+
+def looks(run: Run, entries: list[Entry], images: torch.Tensor, query: int | None) -> Looks:
+    """Looks of uint8 images [n, 3, S, S] in the surrogate of `run` and in the students. No `query`:
+    the most selective patch of the surrogate, without a teacher the usual one."""
+    block, layer = max(run.pairs)
+    floats = cikd.to_float(images)
+    every = torch.arange(len(images))
+    queries = torch.full_like(every, usual_patch(run.grid) if query is None else query)
+    columns = []
+    if run.teacher:
+        maps = surrogate_maps(run, floats, layer).mean(1)       # [n, N, N]
+        if query is None:
+            queries = selective_patches(maps)
+        shown = maps[every, queries].unflatten(1, (run.grid, run.grid))
+        columns.append(Column(f"surrogate, layer{layer}", shown, trained=True))
+    for entry in entries:
+        maps = list(cikd.student_maps(entry.moment.student, floats))[block].mean(1)
+        shown = maps[every, queries].unflatten(1, (run.grid, run.grid))
+        columns.append(Column(entry.label, shown, trained=entry.moment.span is not None))
+    return Looks(images, queries, columns)
+
+
+@torch.no_grad()
+def chances_of(run: Run, images: torch.Tensor) -> torch.Tensor:
+    """What the finished student says: uint8 [n, 3, S, S] -> probabilities [n, K]."""
+    student = run.moments[-1].student
+    chances = [student(cikd.to_float(part)).softmax(1) for part in images.split(100)]
+    return torch.cat(chances)
+
+
+# %% 3. Figures -----------------------------------------------------------------------------------
+@contextmanager
+def our_settings():
+    """matplotlib's own settings instead of a user's, some of which turn pictures upside down
+    (image.origin) or need LaTeX (text.usetex). Fonts stay. A name with a $ is no formula."""
+    ours = {"text.parse_math": False}
+    for name in matplotlib.rcParams:
+        if name.startswith("font.") and name != "font.size":
+            ours[name] = matplotlib.rcParams[name]
+    with matplotlib.style.context(["default", ours]):
+        yield
+
+
+def bytes_of(write, *args, **kwargs) -> bytes:
+    """What write(file, ...) writes."""
+    memory = io.BytesIO()
+    write(memory, *args, **kwargs)
+    return memory.getvalue()
+
 
 def facts_of(run: Run) -> str:
-    """What a figure is of, for its small print."""
+    """What a figure is of."""
     cfg = run.cfg
     data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
     teacher = f", teacher {cfg.teacher}" if run.teacher else ""
     return f"{data}, {cfg.student}{teacher}, {cfg.epochs} epochs, seed {cfg.seed}"
 
-def measure(runs: list[Run], images: torch.Tensor) -> tuple[list[dict], list[dict]]:
-    """Summaries with label and accuracy (percent, or None): of each stage shown, and of references,
-    the surrogates of the first run's teacher."""
-    students, run = [], runs[0]
-    layers = sorted({layer for _, layer in run.pairs}) if run.teacher else []
-    for shown, label, student, color in stages_of(runs):
-        epoch = {"before training": None, "after ALI": run.cfg.ali_epochs - 1}.get(label, -1)
-        accuracy = None if epoch is None else float(shown.rows[epoch]["accuracy"])
-        students.append(dict(label=label, color=color, accuracy=accuracy)
-                        | summary(images, lambda x: cikd.student_maps(student, x)))
-    return students, [dict(label=f"surrogate, layer{layer}", accuracy=None) | summary(
-        images, lambda x: [surrogate_maps(run, x, layer)]) for layer in layers]
 
-def print_table(rows: list[dict]) -> None:
-    print(f"{'':20} accuracy  distance (patches): mean, then each block")
-    for row in rows:
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.1f} %"
-        label, far = row["label"], row["distance"].mean(1)
-        print(f"{label:20} {accuracy:>8}  {far.mean():.2f}   " + " ".join(f"{x:.2f}" for x in far))
-
-# %% 3. Figures -----------------------------------------------------------------------------------
-def written(save, *args, **kwargs) -> bytes:                # what save(file, ...) writes
-    memory = io.BytesIO()
-    save(memory, *args, **kwargs)
-    return memory.getvalue()
-
+@our_settings()
 def draw(figure: Figure, path: Path, run: Run) -> None:
-    """Write it as path's ending says, with a line of small print."""
-    figure.supxlabel(facts_of(run), x=0.99, ha="right", fontsize=7.5, color="#555555")
-    cikd.save(path, written(figure.savefig, format=path.suffix[1:]))
+    """Write it as path's ending says, with a line of small print. Raises CIKDError."""
+    figure.supxlabel(facts_of(run), x=0.99, ha="right", fontsize=7.5, color=QUIET_COLOR)
+    cikd.save(path, bytes_of(figure.savefig, format=path.suffix[1:]))
 
-def looks(runs: list[Run], images: torch.Tensor, query: int | None) -> tuple[torch.Tensor, dict]:
-    """Where one patch of each image looks in the last block that imitates, mean of heads, in the
-    first run and scratch: its number [n], {column: maps [n, g, g]}. No `query`: the patch whose
-    surrogate is most selective (lowest entropy), without a teacher a fixed one."""
-    run, grid, x, whole = runs[0], runs[0].grid, cikd.to_float(images), {}
-    block, layer = max(run.pairs)
-    chosen = torch.full((len(x),), grid * grid // 2 + grid // 4 if query is None else query)
-    if run.teacher:
-        whole[f"surrogate, layer{layer}"] = maps = surrogate_maps(run, x, layer).mean(1)
-        if query is None:
-            chosen = torch.xlogy(maps, maps).sum(-1).argmax(1)
-    for shown, label, student, _ in stages_of(runs):
-        if shown is run or shown.cfg.method == "scratch":
-            whole[label] = list(cikd.student_maps(student, x))[block].mean(1)       # [n, N, N]
-    return chosen, {name: maps[torch.arange(len(x)), chosen].unflatten(1, (grid, grid))
-                    for name, maps in whole.items()}
 
-def show(figure, images: torch.Tensor, queries: torch.Tensor, columns: dict) -> tuple:
-    """A row for each image: itself, its query patch framed, and over it each column's attention."""
-    grid = len(next(iter(columns.values()))[0])
-    norm = Normalize(0, float(np.quantile(torch.stack(list(columns.values())), 0.99)))
-    axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
-    for row, image, query, *maps in zip(axes, images, queries.tolist(), *columns.values()):
-        picture, extent = image.permute(1, 2, 0).numpy(), (0, grid, grid, 0)
-        row[0].imshow(picture, extent=extent)
-        for a, attention in zip(row[1:], maps):         # where there is little of it, the image
-            a.imshow(picture.mean(2) * 0.5, cmap="gray", vmin=0, vmax=255, extent=extent)
-            a.imshow(attention, cmap="magma", norm=norm, extent=extent,
-                     alpha=np.clip(0.2 + norm(attention.numpy()), 0, 0.95))
-        for a in row:
-            place = query % grid, query // grid
-            a.add_patch(Rectangle(place, 1, 1, fill=False, color="#56B4E9", linewidth=2))
-            a.set(xticks=[], yticks=[])
-    for a, name in zip(axes[0], ["image and query", *columns]):
-        a.set_title(name, fontsize=10)
-    return axes, norm
+def scale_of(columns: list[Column], count: int) -> Normalize:
+    """One scale of colours for all maps of the first images; the largest hundredth is cut off."""
+    maps = torch.stack([column.maps[:count] for column in columns])
+    return Normalize(0, float(np.quantile(maps.numpy(), 0.99)))
 
-def heatmaps(runs: list[Run], images: torch.Tensor, captions: list[str], path: Path,
-             query: int | None) -> dict[str, torch.Tensor]:
+
+def show(figure, looked: Looks, scale: Normalize, count: int) -> np.ndarray:
+    """A row for each of the first images: itself, its query patch framed, and over it each column's
+    attention. Returns the axes [count, 1 + columns]."""
+    grid = looked.columns[0].maps.shape[-1]
+    extent = (0, grid, grid, 0)                 # left, right, bottom, top, in patches
+    axes = figure.subplots(count, len(looked.columns) + 1, squeeze=False)
+    for row in range(count):
+        image = looked.images[row].permute(1, 2, 0).numpy()     # [S, S, 3]
+        axes[row, 0].imshow(image, extent=extent)
+        for place, column in zip(axes[row, 1:], looked.columns):
+            maps = column.maps[row].numpy()
+            opacity = np.clip(0.2 + scale(maps), 0, 0.95)       # with little attention, the image
+            place.imshow(image.mean(2) * 0.5, cmap="gray", vmin=0, vmax=255, extent=extent)
+            place.imshow(maps, cmap="magma", norm=scale, extent=extent, alpha=opacity)
+        query = int(looked.queries[row])
+        corner = (query % grid, query // grid)
+        for place in axes[row]:
+            place.add_patch(Rectangle(corner, 1, 1, fill=False, color=FRAME_COLOR, linewidth=2))
+            place.set(xticks=[], yticks=[])
+    axes[0, 0].set_title("image and query", fontsize=10)
+    for place, column in zip(axes[0, 1:], looked.columns):
+        place.set_title(column.label, fontsize=10)
+    return axes
+
+
+@our_settings()
+def heatmaps(run: Run, looked: Looks, captions: list[str], path: Path) -> dict[str, torch.Tensor]:
     """Where a patch looks: surrogate and trained students. Returns {column: [n, g, g]}."""
-    queries, columns = looks(runs, images, query)
-    columns.pop("before training", None)        # even, as the uniform value in the bar's label
-    figure = Figure((1.7 * len(columns) + 4.2, 1.75 * len(images) + 1), layout="constrained")
-    axes, norm = show(figure, images, queries, columns)
-    for a, caption in zip(axes[:, 0], captions):
-        a.set_ylabel(caption, rotation=0, ha="right", va="center", parse_math=False)
-    bar = figure.colorbar(ScalarMappable(norm, "magma"), ax=axes, shrink=0.9, extend="max")
-    bar.set_label(f"attention, mean of heads\n(uniform: {1 / runs[0].grid ** 2:.3f})", fontsize=9)
-    figure.suptitle(f"Where the framed patch looks: block {max(runs[0].pairs)[0]}", fontsize=13)
-    draw(figure, path, runs[0])
-    return columns
+    # Before training all is even, as the uniform value in the bar's label says.
+    columns = [column for column in looked.columns if column.trained]
+    longest = max(len(text) for caption in captions for text in caption.splitlines())
+    width = 1.7 * (len(columns) + 1) + 0.08 * longest + 1.3
+    figure = Figure((width, 1.75 * len(captions) + 1), layout="constrained")
+    scale = scale_of(columns, len(captions))
+    axes = show(figure, looked._replace(columns=columns), scale, len(captions))
+    for place, caption in zip(axes[:, 0], captions):
+        place.set_ylabel(caption, rotation=0, ha="right", va="center")
+    bar = figure.colorbar(ScalarMappable(scale, "magma"), ax=axes, shrink=0.9, extend="max")
+    bar.set_label(f"attention, mean of heads\n(uniform: {1 / run.grid ** 2:.3f})", fontsize=9)
+    figure.suptitle(f"Where the framed patch looks: block {max(run.pairs)[0]}", fontsize=13)
+    draw(figure, path, run)
+    return {column.label: column.maps for column in columns}
 
-def distances(students: list[dict], references: list[dict], path: Path, run: Run) -> None:
+
+@our_settings()
+def distances(students: list[Measured], surrogates: list[Measured], path: Path, run: Run) -> None:
     """Mean attention distance of each head against depth (Raghu 2021)."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes, blocks = figure.subplots(), np.arange(len(students[0]["distance"]))
-    for i, m in enumerate(students):
-        place, values = blocks + (i - (len(students) - 1) / 2) * 0.12, m["distance"].numpy()
-        axes.plot(np.repeat(place, values.shape[1]), values.reshape(-1), "o", color=m["color"],
-                  alpha=0.45, markersize=4, markeredgewidth=0)
-        axes.plot(place, values.mean(1), color=m["color"], linewidth=2, label=m["label"])
-    for m, style in zip(references, ("--", ":", "-.", (0, (1, 3)))):
-        far, name = float(m["distance"].mean()), m["label"]
-        axes.axhline(far, color="black", linestyle=style, linewidth=1, label=f"{name}: {far:.2f}")
+    axes = figure.subplots()
+    blocks = np.arange(len(students[0].distance))
+    for number, measured in enumerate(students):
+        values = measured.distance.numpy()                      # [blocks, H]
+        beside = blocks + (number - (len(students) - 1) / 2) * 0.12
+        axes.plot(beside, values, "o", color=measured.color, alpha=0.45, markersize=4,
+                  markeredgewidth=0)
+        axes.plot(beside, values.mean(1), color=measured.color, linewidth=2, label=measured.label)
+    for measured, style in zip(surrogates, cycle(["--", ":", "-.", (0, (1, 3))])):
+        mean = float(measured.distance.mean())
+        axes.axhline(mean, color=measured.color, linestyle=style, linewidth=1,
+                     label=f"{measured.label}: {mean:.2f}")
     axes.set(xlabel="block (dots: heads; lines: their mean)", xticks=blocks,
              ylabel="attention distance (patches)", title="How far the student looks, by depth")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     draw(figure, path, run)
 
+
+@our_settings()
 def kernels(panels: dict[str, torch.Tensor], figure=None) -> Figure:
     """For each panel its kernels [blocks, H, 2g-1, 2g-1], blocks downwards, heads to the right, on
     one logarithmic colour scale, so that no centre is cut off."""
     blocks, heads, side, _ = next(iter(panels.values())).shape
-    tile = min(0.75, 10 / (heads * len(panels)), 6 / blocks)
-    size = tile * heads * len(panels) + 2.9, tile * blocks + 1.2
-    figure = figure or Figure(figsize=size, layout="constrained")
+    if figure is None:
+        tile = min(0.75, 10 / (heads * len(panels)), 6 / blocks)        # inches
+        size = (tile * heads * len(panels) + 2.9, tile * blocks + 1.2)
+        figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for a, (name, panel) in zip(axes, panels.items()):
-        tiles = torch.nn.functional.pad(panel, (1, 1, 1, 1), value=float("nan"))    # gaps
-        mosaic = tiles.permute(0, 2, 1, 3).reshape(blocks * (side + 2), heads * (side + 2))
-        drawn = a.imshow(mosaic, cmap="magma", norm=LogNorm(1e-3, 1, clip=True))
-        a.set(xlabel="head", xticks=(np.arange(heads) + 0.5) * (side + 2) - 0.5,
-              xticklabels=range(heads), yticks=(np.arange(blocks) + 0.5) * (side + 2) - 0.5,
-              yticklabels=range(blocks))
-        a.set_title(name, fontsize=10)
-        a.tick_params(length=0)
+    scale = LogNorm(1e-3, 1, clip=True)
+    step = side + 2                                             # a tile and the gap around it
+    for place, (label, panel) in zip(axes, panels.items()):
+        tiles = torch.nn.functional.pad(panel, (1, 1, 1, 1), value=torch.nan)
+        mosaic = tiles.permute(0, 2, 1, 3).reshape(blocks * step, heads * step)
+        place.imshow(mosaic.numpy(), cmap="magma", norm=scale)
+        place.set_title(label, fontsize=10)
+        place.set_xlabel("head")
+        place.set_xticks((np.arange(heads) + 0.5) * step - 0.5, range(heads))
+        place.set_yticks((np.arange(blocks) + 0.5) * step - 0.5, range(blocks))
+        place.tick_params(length=0)
     axes[0].set_ylabel("block")
-    bar = figure.colorbar(drawn, ax=list(axes), shrink=0.8, extend="min")
-    bar.set_label(f"mean attention, logarithmic\n(uniform: {4 / (side + 1) ** 2:.3f})", fontsize=9)
+    colors = ScalarMappable(scale, "magma")
+    bar = figure.colorbar(colors, ax=list(axes), shrink=0.8, extend="min", format="%g")
+    uniform = 4 / (side + 1) ** 2
+    bar.set_label(f"mean attention, logarithmic\n(uniform: {uniform:.3f})", fontsize=9)
     figure.suptitle(f"mean attention around a query (tiles: ±{side // 2} patches)", fontsize=10)
     return figure
 
-def curves(a, runs: list[Run], name: str) -> dict[str, list[float]]:
+
+def shade_stages(axes, line: Line) -> None:
+    """The stages of a run that has several, behind what is drawn by epoch."""
+    spans = line.run.spans
+    if len(spans) == 1:
+        return
+    axes.margins(y=0.15)                        # room for the names above what is drawn
+    for span in spans:
+        left = max(1, span.first - 0.5)
+        right = min(len(line.run.rows), span.last + 0.5)
+        axes.axvspan(left, right, color=color_after(line, span), alpha=0.1, linewidth=0)
+        axes.text((left + right) / 2, 0.98, span.stage, transform=axes.get_xaxis_transform(),
+                  ha="center", va="top")
+
+
+def curves(axes, lines: list[Line], name: str) -> dict[str, list[float]]:
     """A column of metrics.csv by epoch, over the first run's stages. Returns {run: values}."""
-    cfg, drawn, chance = runs[0].cfg, {}, 100 / len(runs[0].classes)
-    others = stages_of(runs)[len(runs[0].students):]
-    for run, label, _, color in [(runs[0], cfg.method, None, COLORS[cfg.method]), *others]:
-        drawn[label] = [float(row[name]) for row in run.rows]
-        epochs = [i for i, value in enumerate(drawn[label]) if value or name == "accuracy"]
-        a.plot(np.add(epochs, 1), [drawn[label][i] for i in epochs], color=color, linewidth=2,
-               label=label, marker="o" if len(epochs) == 1 else None)
-    longest = max(len(run.rows) for run in runs)
-    a.set(xlabel="epoch", xlim=(1, max(2, longest)))
-    a.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    a.grid(alpha=0.3)
-    switch, end = cfg.ali_epochs + 0.5, cfg.epochs
-    for stage, x, to in (("ALI", 1, switch), ("LM", switch, end)) if cfg.method == "cikd" else ():
-        a.axvspan(x, to, color=COLORS[f"after {stage}"], alpha=0.1, linewidth=0)
-        a.text((x + to) / 2, 0.98, stage, transform=a.get_xaxis_transform(), ha="center", va="top")
+    drawn = {}
+    for line in lines:
+        values = np.array([float(row[name]) for row in line.run.rows])
+        # A loss of exactly 0 is one that this stage does not learn.
+        learned = np.arange(len(values)) if name == "accuracy" else np.flatnonzero(values)
+        marker = "o" if len(learned) == 1 else None
+        axes.plot(learned + 1, values[learned], color=line.color, linewidth=2, label=line.label,
+                  marker=marker)
+        drawn[line.label] = values.tolist()
+    longest = max(len(line.run.rows) for line in lines)
+    axes.set(xlabel="epoch", xlim=(1, max(2, longest)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(alpha=0.3)
+    shade_stages(axes, lines[0])
     if name == "accuracy":
-        a.axhline(chance, color="black", linestyle=":", linewidth=1)
-        a.text(longest, chance, "chance ", ha="right", va="bottom", fontsize=8)
-        a.set_ylim(bottom=0)
+        chance = 100 / len(lines[0].run.classes)
+        axes.axhline(chance, color="black", linestyle=":", linewidth=1)
+        axes.text(longest, chance, "chance ", ha="right", va="bottom", fontsize=8)
+        axes.set_ylim(0, 1.15 * axes.dataLim.ymax)
     return drawn
 
-def curriculum(runs: list[Run], path: Path) -> dict[str, dict[str, list[float]]]:
-    """Loss terms, accuracy and attention distance by epoch. Returns {panel: {run: values}}."""
-    panels = {"ali": "ALI, training (nats)", "ce": "cross-entropy, training (nats)",
-              "dkd": "DKD, training (nats)", "accuracy": "test accuracy (%)",
-              "attention_distance": "attention distance (patches)"}
-    figure, drawn = Figure(figsize=(10, 5.6), layout="constrained"), {}
-    axes = figure.subplots(2, 3)
-    for (name, title), a in zip(panels.items(), axes.flat):
-        drawn[name] = curves(a, runs, name)
-        a.set_title(title, fontsize=10)
-    axes[1, 2].axis("off")
-    axes[1, 2].legend(*a.get_legend_handles_labels(), loc="center")
-    figure.suptitle("The curriculum, epoch by epoch (shaded: its stages)", fontsize=12)
-    draw(figure, path, runs[0])
+
+@our_settings()
+def curriculum(lines: list[Line], path: Path) -> dict[str, dict[str, list[float]]]:
+    """Loss terms, accuracy and attention distance by epoch. Returns {column: {run: values}}."""
+    titles = {
+        "ali": "ALI, training (nats)",
+        "ce": "cross-entropy, training (nats)",
+        "dkd": "DKD, training (nats)",
+        "accuracy": "test accuracy (%)",
+        "attention_distance": "attention distance (patches)",
+    }
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
+    drawn = {}
+    for place, (name, title) in zip(axes, titles.items()):
+        drawn[name] = curves(place, lines, name)
+        place.set_title(title, fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[-1].axis("off")
+    axes[-1].legend(handles, labels, loc="center")
+    shaded = " (shaded: its stages)" if len(lines[0].run.spans) > 1 else ""
+    figure.suptitle(f"The curriculum, epoch by epoch{shaded}", fontsize=12)
+    draw(figure, path, lines[0].run)
     return drawn
 
-def scheme(a) -> None:
+
+def scheme(axes) -> None:
     """The method in two drawings: ALI, LM."""
-    for left, stage, title in ((0, "after ALI", "Stage 1, ALI: learn where to look (no labels)"),
-                               (10.4, "after LM", "Stage 2, LM: learn what to say")):
-        a.add_patch(Rectangle((left, 0), 9.6, 4, color=COLORS[stage], alpha=0.1, linewidth=0))
-        a.text(left + 0.2, 3.6, title, fontsize=11, weight="bold", va="center")
-    for x, y, text in (
-            (1.2, 2.5, "CNN teacher\n(frozen)"), (4.7, 2.5, "maps: patches that\nlook alike to it"),
-            (1.2, 0.8, "ViT student"), (4.7, 0.8, "attention of its\nblocks"),
-            (8.2, 1.65, "KL: imitate\nthe maps"), (11.6, 2.5, "CNN teacher\n(frozen)"),
-            (14.6, 2.5, "logits"), (18.3, 2.5, "DKD: imitate\nthe logits"), (14.6, 0.8, "logits"),
-            (11.6, 0.8, "ViT student"), (18.3, 0.8, "cross-entropy\nwith the labels")):
-        a.text(x, y, text, ha="center", va="center", fontsize=10,
-               bbox=dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor="#555555"))
-    for *begin, x, y in ((2.1, 2.5, 3.4, 2.5), (2.1, 0.8, 3.4, 0.8), (6.1, 2.3, 7.4, 1.9),
-                         (6.1, 1, 7.4, 1.4), (12.5, 2.5, 14.1, 2.5), (12.5, 0.8, 14.1, 0.8),
-                         (15.1, 2.5, 17.3, 2.5), (15.1, 0.8, 17.3, 0.8), (15.1, 1, 17.3, 2.2)):
-        a.annotate("", (x, y), begin, arrowprops=dict(arrowstyle="->", color="#555555"))
-    a.set(xlim=(0, 20), ylim=(0, 4))
-    a.axis("off")
+    def stage(left, color, title):
+        axes.add_patch(Rectangle((left, 0), 9.6, 4, color=color, alpha=0.1, linewidth=0))
+        axes.text(left + 0.2, 3.6, title, fontsize=11, weight="bold", va="center")
 
-def overview(runs: list[Run], panels: dict, image: torch.Tensor, query: int | None,
+    def box(x, y, text):
+        style = dict(boxstyle="round,pad=0.5", facecolor="white", edgecolor=QUIET_COLOR)
+        axes.text(x, y, text, ha="center", va="center", fontsize=10, bbox=style)
+
+    def arrow(x, y, to_x, to_y):
+        style = dict(arrowstyle="->", color=QUIET_COLOR)
+        axes.annotate("", (to_x, to_y), (x, y), arrowprops=style)
+
+    upper = 2.5                                 # the height of the teacher's boxes
+    lower = 0.8
+    stage(0, COLORS["after ALI"], "Stage 1, ALI: learn where to look (no labels)")
+    box(1.2, upper, "CNN teacher\n(frozen)")
+    box(4.7, upper, "maps: patches that\nlook alike to it")
+    box(1.2, lower, "ViT student")
+    box(4.7, lower, "attention of its\nblocks")
+    box(8.2, 1.65, "KL: imitate\nthe maps")
+    arrow(2.1, upper, 3.4, upper)
+    arrow(2.1, lower, 3.4, lower)
+    arrow(6.1, 2.3, 7.4, 1.9)
+    arrow(6.1, 1.0, 7.4, 1.4)
+    stage(10.4, COLORS["after LM"], "Stage 2, LM: learn what to say")
+    box(11.6, upper, "CNN teacher\n(frozen)")
+    box(14.6, upper, "logits")
+    box(18.3, upper, "DKD: imitate\nthe logits")
+    box(11.6, lower, "ViT student")
+    box(14.6, lower, "logits")
+    box(18.3, lower, "cross-entropy\nwith the labels")
+    arrow(12.5, upper, 14.1, upper)
+    arrow(12.5, lower, 14.1, lower)
+    arrow(15.1, upper, 17.3, upper)
+    arrow(15.1, lower, 17.3, lower)
+    arrow(15.1, 1.0, 17.3, 2.2)
+    axes.set(xlim=(0, 20), ylim=(0, 4))
+    axes.axis("off")
+
+
+def bars(axes, lines: list[Line]) -> None:
+    """How accurate each run was at its end."""
+    rows = range(len(lines))
+    accuracies = [line.run.spans[-1].accuracy for line in lines]
+    colors = [line.color for line in lines]
+    drawn = axes.barh(rows, accuracies, 0.6, color=colors)
+    axes.bar_label(drawn, fmt=" %.1f %%", fontsize=9)
+    axes.set_yticks(rows, [line.label for line in lines])
+    axes.set_ylim(max(2, len(lines)) - 0.5, -0.5)
+    axes.set(xlabel="test accuracy after the last epoch (%)", xticks=range(0, 101, 20),
+             xlim=(0, 115))                     # room for the number behind the longest bar
+
+
+@our_settings()
+def overview(lines: list[Line], panels: dict[str, torch.Tensor], looked: Looks,
              path: Path) -> None:
-    """One page for a slide: the scheme; one image [1, 3, S, S]; kernels; accuracy by epoch."""
+    """One page for a slide: the scheme; the first image; kernels; accuracy by epoch."""
+    run = lines[0].run
     figure = Figure(figsize=(12, 9.6), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(2.3, 2.6, 4.4))
     scheme(top.subplots())
     top.suptitle("CIKD: a CNN teaches a Vision Transformer, from easy to difficult", fontsize=14)
-    show(middle, image, *looks(runs, image, query))
-    middle.suptitle(f"Where the framed patch looks (block {max(runs[0].pairs)[0]})", fontsize=10)
+    show(middle, looked, scale_of(looked.columns, 1), 1)
+    middle.suptitle(f"Where the framed patch looks (block {max(run.pairs)[0]})", fontsize=10)
     left, right = bottom.subfigures(1, 2, width_ratios=(1.2, 1))
     kernels(panels, left)
     upper, lower = right.subplots(2, 1, height_ratios=(2, 1))
-    curves(upper, runs, "accuracy")
+    curves(upper, lines, "accuracy")
     upper.set_ylabel("test accuracy (%)")
-    ends = [float(run.rows[-1]["accuracy"]) for run in runs]
-    colors, names = zip(*((line.get_color(), line.get_label()) for line in upper.lines[:len(runs)]))
-    bars = lower.barh(range(len(runs)), ends, 0.6, color=colors)
-    lower.bar_label(bars, fmt=" %.1f %%", fontsize=9)
-    lower.set(yticks=range(len(runs)), yticklabels=names, xlim=(0, 115), xticks=range(0, 101, 20),
-              ylim=(max(2, len(runs)) - 0.5, -0.5), xlabel="test accuracy after the last epoch (%)")
-    draw(figure, path, runs[0])
+    bars(lower, lines)
+    draw(figure, path, run)
 
+
+def snapshots_of(run: Run) -> dict[int, Path]:
+    """{epoch: file} of what --snapshot-every kept, and of the start. Raises CIKDError."""
+    files = {0: run.folder / "student_init.pt"}
+    for file in sorted((run.folder / "snapshots").glob("epoch_*.pt")):
+        files[int(file.stem.removeprefix("epoch_"))] = file
+    need(len(files) > 1,
+         f"{run.folder}: holds no snapshots; train with --snapshot-every 1 --overwrite")
+    return files
+
+
+@our_settings()
 def locality_gif(run: Run, images: torch.Tensor, path: Path) -> dict[int, torch.Tensor]:
-    """The kernels epoch by epoch, from what --snapshot-every kept. Returns {epoch: kernels}."""
-    files = sorted((run.folder / "snapshots").glob("epoch_*.pt"))
-    need(files, f"{run.folder}: holds no snapshots; train with --snapshot-every 1 --overwrite")
-    student, frames, pictures = cikd.build_student(run.cfg, len(run.classes)).eval(), {}, []
-    for file in [run.folder / "student_init.pt", *files]:
+    """The kernels epoch by epoch. Returns {epoch: kernels}. Raises CIKDError."""
+    student = cikd.build_student(run.cfg, len(run.classes)).eval()
+    found = {}
+    frames = []
+    for epoch, file in snapshots_of(run).items():
         cikd.load(file, student)
-        epoch = int(file.stem[6:]) if file in files else 0
         stage = run.rows[epoch - 1]["stage"] if epoch else "before training"
-        frames[epoch] = summary(images, lambda x: cikd.student_maps(student, x))["kernels"]
-        picture = written(kernels({f"epoch {epoch}: {stage}": frames[epoch]}).savefig, dpi=80)
-        pictures.append(Image.open(io.BytesIO(picture)).convert("RGB"))
-    cikd.save(path, written(pictures[0].save, "GIF", save_all=True, append_images=pictures[1:],
-                            duration=400, loop=0))
-    return frames
+        found[epoch] = summary(images, partial(cikd.student_maps, student))["kernels"]
+        figure = kernels({f"epoch {epoch}: {stage}": found[epoch]})
+        frame = Image.open(io.BytesIO(bytes_of(figure.savefig, dpi=80)))
+        frames.append(frame.convert("RGB"))
+    cikd.save(path, bytes_of(frames[0].save, "GIF", save_all=True, append_images=frames[1:],
+                             duration=400, loop=0))             # milliseconds a frame; for ever
+    return found
+
 
 # %% 4. Explorer: a page for the seminar room -----------------------------------------------------
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -405,96 +738,214 @@ draw();
 </script>
 """
 
-def explorer(runs: list[Run], images: torch.Tensor, captions: list[str], path: Path) -> None:
-    """A page that works offline: where each patch looks, in the blocks that imitate. Its maps
-    [n, blocks, panels, H, N, N] are 8 bits, each scaled by its own maximum. n fits 1 MB or is 1."""
-    run, grid, x, layers = runs[0], runs[0].grid, cikd.to_float(images), dict(runs[0].pairs)
-    panels = {}                                 # name: colour, [n, H, N, N] of each block
+FIGURE = """<figure><div><img><canvas width="224" height="224"></canvas></div>
+<figcaption><b style="color: $COLOR">$NAME</b><br><span></span></figcaption></figure>"""
+
+
+class Panel(NamedTuple):
+    name: str
+    color: str
+    maps: torch.Tensor          # [n, blocks, H, N, N]
+
+
+def explorer_panels(run: Run, entries: list[Entry], images: torch.Tensor) -> list[Panel]:
+    """The surrogate and all students, in the blocks that imitate."""
+    floats = cikd.to_float(images)
+    layers = dict(run.pairs)                    # block: layer
+    panels = []
     if run.teacher:
-        panels["teacher's surrogate"] = "#000", [surrogate_maps(run, x, i) for i in layers.values()]
-    for _, label, student, color in stages_of(runs):
-        found = {i: maps for i, maps in enumerate(cikd.student_maps(student, x)) if i in layers}
-        panels[label] = color, [found[block] for block in layers]
-    maps = torch.stack([torch.stack(found, 1) for _, found in panels.values()], 2)
+        maps = [surrogate_maps(run, floats, layer) for layer in layers.values()]
+        panels.append(Panel("teacher's surrogate", "#000", torch.stack(maps, 1)))
+    for entry in entries:
+        every = list(cikd.student_maps(entry.moment.student, floats))
+        maps = [every[block] for block in layers]
+        panels.append(Panel(entry.label, entry.color, torch.stack(maps, 1)))
+    return panels
+
+
+def explorer_data(run: Run, panels: list[Panel], images: torch.Tensor,
+                  captions: list[str]) -> dict:
+    """What the page's program reads. Maps [n, blocks, panels, H, N, N] are 8 bits, each scaled by
+    its own maximum; of the n images as many as fit 1 MB, or one."""
+    maps = torch.stack([panel.maps for panel in panels], 2)
     maps = maps[:max(1, 680_000 // maps[0].numel())]            # base64 needs a third more
-    place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
-    far = (maps * torch.cdist(place, place)).sum(-1).flatten().tolist()
-    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[:len(maps)]]
-    pictures = [base64.b64encode(written(image.save, "PNG")).decode() for image in pictures]
-    data = dict(
-        grid=grid, query=grid * grid // 2 + grid // 4, shape=maps.shape[:5], captions=captions,
-        images=pictures, distances=[round(distance, 3) for distance in far],
-        maps=base64.b64encode((255 * maps / maps.amax(-1, True)).round().byte().numpy()).decode())
-    figure = ('<figure><div><img><canvas width="224" height="224"></canvas></div><figcaption>'
-              '<b style="color: {}">{}</b><br><span></span></figcaption></figure>')
-    page = Template(PAGE).safe_substitute(
-        FACTS=facts_of(run), IMAGES="".join(f"<option>{i + 1}" for i in range(len(maps))),
-        BLOCKS="".join(f"<option>{b}, beside layer{layer}" for b, layer in layers.items()),
-        HEADS="".join(f"<option>{i}" for i in range(run.cfg.heads)),
-        PANELS=figure.format("black", "image") + "".join(
-            figure.format(color, name) for name, (color, _) in panels.items()),
-        DATA=json.dumps(data).replace("<", "\\u003c"))
-    cikd.save(path, page.encode())
+    cells = torch.cartesian_prod(torch.arange(run.grid), torch.arange(run.grid)).float()
+    distance = (maps * torch.cdist(cells, cells)).sum(-1)       # [n, blocks, panels, H, N]
+    scaled = (255 * maps / maps.amax(-1, keepdim=True)).round().byte()
+    pictures = []
+    for image in images[:len(maps)].permute(0, 2, 3, 1).numpy():
+        picture = bytes_of(Image.fromarray(image).save, "PNG")
+        pictures.append(base64.b64encode(picture).decode())
+    return dict(
+        grid=run.grid,
+        query=usual_patch(run.grid),
+        shape=list(distance.shape),
+        captions=captions[:len(maps)],
+        images=pictures,
+        distances=[round(value, 3) for value in distance.flatten().tolist()],
+        maps=base64.b64encode(scaled.numpy().tobytes()).decode(),
+    )
+
+
+def explorer_page(run: Run, panels: list[Panel], data: dict) -> str:
+    """PAGE, filled in."""
+    def options(names):
+        return "".join(f"<option>{name}" for name in names)
+
+    figures = [Template(FIGURE).substitute(COLOR="black", NAME="image")]
+    for panel in panels:
+        name = html.escape(panel.name)
+        figures.append(Template(FIGURE).substitute(COLOR=panel.color, NAME=name))
+    blocks = [f"{block}, beside layer{layer}" for block, layer in dict(run.pairs).items()]
+    return Template(PAGE).safe_substitute(      # "safe": it leaves JavaScript's own ${...} alone
+        FACTS=html.escape(facts_of(run)),
+        IMAGES=options(range(1, len(data["images"]) + 1)),
+        BLOCKS=options(blocks),
+        HEADS=options(range(run.cfg.heads)),
+        PANELS="".join(figures),
+        DATA=json.dumps(data).replace("<", "\\u003c"),          # no class name ends the script
+    )
+
+
+def explorer(run: Run, entries: list[Entry], images: torch.Tensor, captions: list[str],
+             path: Path) -> None:
+    """A page that works offline: where each patch looks, in the blocks that imitate."""
+    panels = explorer_panels(run, entries, images)
+    data = explorer_data(run, panels, images, captions)
+    cikd.save(path, explorer_page(run, panels, data).encode())
+
 
 # %% 5. Command line -------------------------------------------------------------------------------
-def visualize(args: argparse.Namespace) -> Path:
-    """All figures of the runs named. Returns their folder. Raises CIKDError."""
-    runs = [load_run(folder) for folder in args.runs or [newest_run()]]
-    runs.sort(key=lambda run: run.cfg.method != "cikd")         # a cikd run comes first
-    first, cfg, grid = runs[0], runs[0].cfg, runs[0].grid
+def load_runs(folders: list[str]) -> list[Run]:
+    """Runs that can be shown together, one of several stages first. Raises CIKDError, OSError."""
+    runs = [load_run(folder) for folder in folders or [newest_run()]]
+    runs.sort(key=lambda run: len(run.spans) == 1)
+
+    def must_agree(run):
+        return run.images_hash, run.grid, run.cfg.student, run.cfg.heads
+
     for run in runs:
-        need((run.images_hash, run.grid, run.cfg.student, run.cfg.heads)
-             == (first.images_hash, grid, cfg.student, cfg.heads),
-             f"{run.folder}: has other images, patches or heads than {first.folder}; show it alone")
-    row, column = args.query or (0, 0)
-    need(0 <= min(row, column) <= max(row, column) < grid, f"--query: must be below {grid}")
-    query = row * grid + column if args.query else None
-    images, labels = run_images(first, args.image, args.data_dir)
-    index = args.index or [0]
-    if not args.index and labels is not None:   # one image of each of the first four classes
-        index = [int((labels == k).int().argmax()) for k in labels.unique()[:4]]
-    need(0 <= min(index) <= max(index) < len(images), f"--index: must be below {len(images)}")
+        need(must_agree(run) == must_agree(runs[0]), f"{run.folder}: has other images, patches or "
+             f"heads than {runs[0].folder}; show it alone")
+    return runs
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, before minutes are spent on what goes there. Raises CIKDError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cikd.CIKDError(f"{folder}: cannot be written ({error}); name another folder "
+                             "by --output-dir") from None
+
+
+def patch_number(query: list[int] | None, grid: int) -> int | None:
+    """--query ROW COLUMN as the number of a patch. Raises CIKDError."""
+    if query is None:
+        return None
+    need(0 <= min(query) and max(query) < grid, f"--query: must be from 0 to {grid - 1}")
+    return query[0] * grid + query[1]
+
+
+def choose_images(index: list[int] | None, n: int, truth: torch.Tensor | None) -> list[int]:
+    """The images to draw: those of --index; of a test set one of each of the first classes; else
+    the first ones. Raises CIKDError."""
+    if index:
+        need(0 <= min(index) and max(index) < n, f"--index: must be from 0 to {n - 1}")
+        return index
+    if truth is None:
+        return list(range(min(n, DRAWN)))
+    return [int((truth == number).int().argmax()) for number in truth.unique()[:DRAWN]]
+
+
+def shorten(name: str) -> str:
+    """A class name as figures have room for it: its beginning and its end."""
+    return name if len(name) <= 24 else f"{name[:14]}…{name[-9:]}"
+
+
+def best(classes: list[str], chances: torch.Tensor) -> list[str]:
+    """The three likeliest classes, each with its percentage. Probabilities [K]."""
+    order = chances.argsort(descending=True)[:3].tolist()
+    return [f"{classes[number]} {100 * chances[number]:.1f} %" for number in order]
+
+
+def captions_of(run: Run, chances: torch.Tensor, truth: torch.Tensor | None) -> list[str]:
+    """What is true, where that is known, and what the student says: probabilities [n, K], class
+    numbers [n]."""
+    classes = [shorten(name) for name in run.classes]
+    captions = [f"{run.cfg.method}: {best(classes, each)[0]}" for each in chances]
+    if truth is None:
+        return captions
+    return [f"true: {classes[number]}\n{said}" for number, said in zip(truth.tolist(), captions)]
+
+
+def visualize(args: argparse.Namespace) -> Path:
+    """All figures of the runs named. Returns their folder. Raises CIKDError, OSError."""
+    runs = load_runs(args.runs)
+    first = runs[0]
+    query = patch_number(args.query, first.grid)
+    images, truth = run_images(first, args.image, args.data_dir)
+    index = choose_images(args.index, len(images), truth)
+    names = args.image or [f"test image {number}" for number in index]
     out = Path(args.output_dir or first.folder / "figures").expanduser()
-    students, references = measure(runs, images)
-    print_table(references + students)
-    with torch.no_grad():
-        p = list(first.students.values())[-1](cikd.to_float(images[index])).softmax(1)
-    captions = []
-    for i, chance in zip(index, p):
-        said = [f"{first.classes[k]} {100 * chance[k]:.1f} %" for k in (-chance).argsort()[:3]]
-        true = "" if labels is None else f"true: {first.classes[int(labels[i])]}\n"
-        captions.append(f"{true}{cfg.method}: {said[0]}")
-        print(f"{args.image or f'test image {i}'}: {', '.join(said)}")
-    def file(name):
-        return out / f"{name}.{args.format}"
-    panels = {m["label"]: m["kernels"] for m in students[:len(first.students)]}
-    overview(runs, panels, images[index][:1], query, file("summary"))
-    heatmaps(runs, images[index], captions, file("heatmaps"), query)
-    kept = students[:len(first.students)] + [m for m in students if m["label"][:7] == "scratch"]
-    distances(kept, references, file("distance"), first)
-    draw(kernels(panels), file("kernels"), first)
-    curriculum(runs, file("curriculum"))
+    check_writable(out)
+    if args.gif:
+        snapshots_of(first)                     # says now what it lacks, not after minutes
+
+    lines = lines_of(runs)
+    entries = entries_of(lines)
+    students = measure_students(entries, images)
+    surrogates = measure_surrogates(first, images)
+    print_table(surrogates + students)
+    drawn = images[index]
+    for name, chances in zip(names, chances_of(first, images if args.image else drawn)):
+        print(f"{name}: {', '.join(best(first.classes, chances))}")
+
+    drawn_truth = None if truth is None else truth[index]
+    captions = captions_of(first, chances_of(first, drawn), drawn_truth)
+    detailed = [entry for entry in entries if entry.detailed]
+    looked = looks(first, detailed, drawn, query)
+    panels = {}
+    close = []                                  # the students of which heads are shown
+    for entry, measured in zip(entries, students):
+        if entry.own:
+            panels[measured.label] = measured.kernels
+        if entry.detailed:
+            close.append(measured)
+    overview(lines, panels, looked, out / f"summary.{args.format}")
+    heatmaps(first, looked, captions, out / f"heatmaps.{args.format}")
+    distances(close, surrogates, out / f"distance.{args.format}", first)
+    draw(kernels(panels), out / f"kernels.{args.format}", first)
+    curriculum(lines, out / f"curriculum.{args.format}")
     if args.html:
-        explorer(runs, images[index], captions, out / "explorer.html")
+        explorer(first, entries, drawn, captions, out / "explorer.html")
     if args.gif:
         locality_gif(first, images, out / "locality.gif")
     print(f"see {out}")
     return out
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("visualize_attention.py", allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message} (--help lists all that can be given)")
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="folders of runs [the newest under runs/]")
-    add("--image", metavar="FILE", help="draw everything, averages too, from this picture")
-    add("--index", type=int, nargs="+", metavar="I", help="test images [one each of four classes]")
+    add("--image", nargs="+", metavar="FILE", help="classify these pictures and draw from them, "
+        "averages too, instead of test images")
+    add("--index", type=int, nargs="+", metavar="I", help="the images drawn, from 0 [one each of "
+        "four classes; the first four pictures]")
     add("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="patch [a selective one]")
     add("--data-dir", metavar="DIR", help="where the run's images lie now [where they lay]")
     add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures]")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures [png]")
     add("--html", action="store_true", help="also explorer.html: where any patch looks")
     add("--gif", action="store_true", help="also locality.gif; needs --snapshot-every")
-    return cikd.run_command("visualize_attention", lambda: visualize(parser.parse_args(argv)))
+    return cikd.run_command("visualize_attention",
+                            lambda: visualize(parser.parse_intermixed_args(argv)))
 
+
+# Not where cells are run one by one.
 if __name__ == "__main__" and (not hasattr(sys, "ps1") or sys.argv[0].endswith("attention.py")):
-    sys.exit(main())                            # but not where cells are run one by one
+    sys.exit(main())
