@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pickle
 import random
 import re
 import runpy
+import shlex
 import shutil
 import socket
 import statistics
@@ -462,31 +464,18 @@ def test_dkd_is_the_papers_formula(K, T):
 
 @pytest.mark.parametrize("K", [2, 10, 1000])
 @pytest.mark.parametrize("dtype,gap", [(torch.float32, 1e4), (torch.bfloat16, 1e3)])
-def test_lm_is_finite_when_models_are_sure(K, dtype, gap):
+def test_dkd_is_finite_when_models_are_sure(K, dtype, gap):
     for student_at, teacher_at in ((0, 0), (1, 0), (0, 1), (1, 1)):     # the label is 0
         student = torch.zeros(3, K, dtype=dtype)
         teacher = torch.zeros(3, K, dtype=dtype)
         student[:, student_at] = gap
         teacher[:, teacher_at] = gap
         student.requires_grad_()
-        loss, ce, dkd = cikd.lm_loss(student, teacher, torch.zeros(3, dtype=torch.long))
-        loss.backward()
-        assert torch.stack([loss, ce, dkd]).isfinite().all() and student.grad.isfinite().all()
+        dkd = cikd.dkd_loss(student, teacher, torch.zeros(3, dtype=torch.long))
+        dkd.backward()
+        assert dkd.isfinite() and student.grad.isfinite().all()
         if student_at == teacher_at:
             assert float(dkd.detach()) == pytest.approx(0, abs=1e-4)
-
-
-def test_lm_is_cross_entropy_plus_weighted_dkd():
-    torch.manual_seed(0)
-    student = torch.randn(8, 10)
-    teacher = torch.randn(8, 10)
-    labels = torch.arange(8)
-    loss, ce, dkd = cikd.lm_loss(student, teacher, labels, 0.7, beta=2.0)
-    smooth = F.one_hot(labels, 10) * 0.9 + 0.01
-    want = float(-(smooth * student.log_softmax(1)).sum(1).mean())
-    assert float(ce) == pytest.approx(want, rel=1e-5)
-    assert float(dkd) == pytest.approx(plain_dkd(student, teacher, labels, 1, 2.0, 1.0), rel=1e-5)
-    assert float(loss) == pytest.approx(float(ce + 0.7 * dkd), rel=1e-6)
 
 
 # ---- 5. curriculum
@@ -522,13 +511,34 @@ def test_curriculum_switches_once_at_ali_epochs():
         assert {cikd.curriculum(method, epoch, 3) for epoch in range(6)} == {stage}
 
 
-@pytest.mark.parametrize("stage,learned", [(cikd.ALI, [1, 0, 0]), (cikd.LM, [0, 1, 1]),
-                                           (cikd.JOINT, [1, 1, 1]), (cikd.LABELS, [0, 1, 0])])
-def test_the_loss_is_made_of_what_the_stage_learns(stage, learned):
-    loss, terms, _ = step(stage, LABELS)
+STEPS = [cikd.ALI, cikd.LM, cikd.JOINT, cikd.LABELS]
+
+
+@pytest.mark.parametrize("learned", list(itertools.product([0, 1], repeat=3))[1:])
+def test_a_stage_learns_any_of_the_three_and_nothing_else(learned):
+    ali, labels, logits = learned
+    stage = cikd.Stage("any", bool(ali), bool(labels), bool(logits), strong=False)
+    loss, terms, grads = step(stage, LABELS)
     assert not terms.requires_grad              # kept until the epoch ends: must not hold graphs
-    assert (terms > 0).int().tolist() == learned
+    assert (terms > 0).int().tolist() == [ali, labels, logits]
     assert float(loss) == pytest.approx(float(terms[0] + terms[1] + 0.4 * terms[2]), rel=1e-5)
+    assert (grads["head.weight"] is None) == (learned == (1, 0, 0))
+
+
+def test_the_stages_are_those_of_the_paper_and_its_baselines():
+    learned = {stage.name: (stage.ali, stage.labels, stage.logits) for stage in STEPS}
+    assert learned == {"ALI": (True, False, False), "LM": (False, True, True),
+                       "ALI+LM": (True, True, True), "labels": (False, True, False)}
+
+
+def test_the_labels_are_learned_by_smoothed_cross_entropy():
+    _, terms, _ = step(cikd.LABELS, LABELS, drop_path=0)
+    _, student, _ = models(drop_path=0)
+    torch.manual_seed(0)
+    logits = student(torch.rand(12, 3, 32, 32) * 2 - 1).detach()
+    smooth = F.one_hot(LABELS, 10) * 0.9 + 0.01
+    want = float(-(smooth * logits.log_softmax(1)).sum(1).mean())
+    assert float(terms[1]) == pytest.approx(want, rel=1e-5)
 
 
 def test_dkds_weight_rises_from_0_to_1_over_ramp_epochs():
@@ -649,7 +659,7 @@ def test_rows_fill_what_is_not_given():
     assert (cfg.ali_epochs, cfg.heads, cfg.teacher, cfg.lr) == (10, 4, "resnet20", 2e-3)
     assert cikd.resolve(cikd.Config(epochs=30, ali_epochs=7)).ali_epochs == 7
     assert cikd.resolve(cfg) == cfg             # a resolved one stays as it is
-    home = cikd.resolve(cikd.Config(output_dir="~/runs", data_dir="~"))
+    home = cikd.resolve(cikd.Config(dataset="folder", output_dir="~/runs", data_dir="~"))
     assert home.output_dir == str(Path.home() / "runs") and home.data_dir == str(Path.home())
     teacher = cikd.resolve(cikd.Config(method="teacher", data_seed=3, teacher_epochs=9))
     assert (teacher.lr, teacher.seed, teacher.epochs) == (0.1, 3, 9)
@@ -676,6 +686,64 @@ def test_run_names_tell_runs_apart_and_suit_every_file_system():
     assert len(names) == 5 and "shapes-cikd-seed0" in names
     odd = cikd.Config(dataset="folder", data_dir="/x/.ä b:c$", teacher_checkpoint="y" * 500)
     assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=+,-]{9,90}", cikd.default_name(odd))
+
+
+def test_a_new_row_of_methods_and_students_is_all_that_is_added(tiny, monkeypatch):
+    monkeypatch.setitem(cikd.METHODS, "mine", (cikd.JOINT, cikd.LM))
+    nano = dict(depth=3, width=48, heads=2, teacher="resnet20", lr=1e-3)
+    monkeypatch.setitem(cikd.STUDENTS, "vit_nano", nano)
+    result = cikd.train(replace(tiny, method="mine", student="vit_nano"))
+    run = Path(result["folder"])
+    assert [row["stage"] for row in read_metrics(run)] == ["ALI+LM", "LM"]
+    student, _, cfg = cikd.load_student(run)
+    assert (len(student.blocks), cfg.heads, cfg.lr) == (3, 2, 1e-3)
+    assert (run / "student_ali+lm.pt").exists()
+    with pytest.raises(cikd.CIKDError, match="LM comes after it"):
+        cikd.resolve(cikd.Config(method="mine", epochs=4, ali_epochs=4))
+
+
+@pytest.mark.parametrize("argv", ["--epochs 3", "--seed 1", "--run-name x", "--seeds 0 1",
+                                  "--teacher-checkpoint x.pt"])
+def test_what_a_teacher_ignores_is_refused(argv, capsys):
+    line = fails(capsys, "--method", "teacher", *argv.split())
+    assert argv.split()[0] in line and "--teacher-epochs and --data-seed" in line
+
+
+def test_what_a_data_set_ignores_is_refused(tmp_path, capsys):
+    for folder in (tmp_path, "data"):           # "data" is the default of other sets
+        assert "--dataset folder" in fails(capsys, "--data-dir", folder)
+
+
+def test_several_runs_are_not_one(tiny):
+    for several in (dict(compare=True), dict(seeds=(0, 1))):
+        with pytest.raises(cikd.CIKDError, match="train_many"):
+            cikd.train(replace(tiny, **several))
+
+
+def test_a_pretrained_teacher_is_tuned_at_a_lower_rate():
+    cfg = cikd.Config(dataset="dtd", method="teacher", pretrained_teacher=True)
+    assert cikd.resolve(cfg).lr == 0.01
+    assert cikd.resolve(replace(cfg, pretrained_teacher=False)).lr == 0.1
+    assert cikd.resolve(replace(cfg, lr=0.5)).lr == 0.5
+
+
+def test_help_has_groups(capsys):
+    with pytest.raises(SystemExit):
+        cikd.main(["--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{title}:\n") for title in
+              ("data", "models", "method", "training", "where and how")]
+    assert places == sorted(places)
+    assert places[0] < text.index("--dataset") < places[1] < text.index("--student ")
+
+
+@pytest.mark.parametrize("given,slow", [
+    (dict(dataset="cifar10"), True),
+    (dict(dataset="cifar10", student="vit_micro", epochs=60), False), (dict(), False)])
+def test_a_training_of_days_is_announced(given, slow, capsys):
+    cfg = cikd.resolve(cikd.Config(**given))
+    cikd.warn_if_slow(cfg, 5000 if cfg.student == "vit_micro" else 50000, torch.device("cpu"))
+    assert ("settings for a GPU" in capsys.readouterr().out) == slow
 
 
 # ---- 7. data
@@ -945,10 +1013,10 @@ def mini_imagenette(root, patch):
 @pytest.mark.parametrize("name", cikd.PUBLISHED)
 def test_published_sets(name, tmp_path, monkeypatch):
     """From a miniature archive where the message says; a half-extracted copy is refused."""
-    make, splits, _, archive, *place = cikd.PUBLISHED[name]
-    mini = globals()[f"mini_{name}"]
-    counts, victim = mini(tmp_path.joinpath(*place), monkeypatch.setattr)
-    monkeypatch.setitem(cikd.PUBLISHED, name, (make, splits, counts, archive, *place))
+    published = cikd.PUBLISHED[name]
+    folder = tmp_path.joinpath(*published.place)
+    counts, victim = globals()[f"mini_{name}"](folder, monkeypatch.setattr)
+    monkeypatch.setitem(cikd.PUBLISHED, name, published._replace(counts=counts))
     cfg = cikd.resolve(cikd.Config(dataset=name, data_dir=str(tmp_path)))
     data = cikd.load_dataset(cfg)
     assert data.train[0].shape == (counts[0], 3, cfg.image_size, cfg.image_size)
@@ -956,7 +1024,7 @@ def test_published_sets(name, tmp_path, monkeypatch):
     if name == "dtd":                           # its training set has two parts
         assert data.classes == ["banded", "woven"] and data.train[1].tolist() == [0, 1, 0, 1]
     assert cikd.load_dataset(cfg).images_hash == data.images_hash
-    for path in tmp_path.joinpath(*place).glob("*.*gz"):
+    for path in folder.glob("*.*gz"):
         path.unlink()
     victim.unlink()
     with pytest.raises(cikd.CIKDError, match=f"{name}: neither whole"):
@@ -968,10 +1036,10 @@ def test_without_network_the_message_says_what_to_get(name, tmp_path, capsys):
     data_dir = tmp_path / "data"
     line = fails(capsys, "--dataset", name, "--data-dir", data_dir, "--output-dir",
                  tmp_path / "runs")
-    *_, archive = [part for part in cikd.PUBLISHED[name] if "http" in part]
-    place = cikd.PUBLISHED[name][4:]
-    assert archive in line and "--dataset shapes" in line and not (tmp_path / "runs").exists()
-    assert str(data_dir.joinpath(*place)) in line
+    published = cikd.PUBLISHED[name]
+    assert "http" in published.archive and published.archive in line
+    assert "--dataset shapes" in line and not (tmp_path / "runs").exists()
+    assert str(data_dir.joinpath(*published.place)) in line
 
 
 def test_a_silent_server_does_not_hang(capsys, monkeypatch):
@@ -1087,7 +1155,8 @@ def test_processes_share_each_batch_and_draw_their_own_colours(crop, monkeypatch
 
     def epoch_of(rank, world):
         monkeypatch.setattr(cikd, "RANK", rank)
-        return one_epoch(data, cfg, world), torch.rand(1)
+        monkeypatch.setattr(cikd, "WORLD", world)
+        return one_epoch(data, cfg), torch.rand(1)
 
     whole, alone = epoch_of(0, 1)
     even, first = epoch_of(0, 2)
@@ -1141,6 +1210,61 @@ def test_one_picture_is_prepared_in_one_call(tmp_path):
     theirs = TF.resize(TF.center_crop(image, 40), 32, TF.InterpolationMode.BICUBIC)
     apart = x[0] - (TF.to_tensor(theirs) * 2 - 1)
     assert apart[..., 4:-4].abs().max() < 0.01  # at the crop's edge ours still sees neighbours
+
+
+def turned_picture(path, exif):
+    picture = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1)))
+    picture.convert("RGB").save(path, quality=95, exif=exif)
+    return picture
+
+
+def test_a_picture_is_turned_upright_however_it_is_given(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned_picture(tmp_path / "turned.jpg", exif.tobytes())
+    path = tmp_path / "turned.jpg"
+    x = cikd.prepare(path, 32)
+    with Image.open(path) as image:
+        assert torch.equal(cikd.prepare(image, 32), x)
+    assert x[0, 0, -1].mean() > 0.9 and x[0, 0, 0].mean() < -0.9    # it ran to the right, now down
+
+
+def test_a_broken_exif_block_is_passed_over(tmp_path):
+    for i, exif in enumerate((b"Exif\0\0garbage!", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0")):
+        turned_picture(tmp_path / f"{i}.jpg", exif)
+        x = cikd.prepare(tmp_path / f"{i}.jpg", 32)
+        assert x[0, 0, :, -1].mean() > 0.9 and x[0, 0, :, 0].mean() < -0.9
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_a_deep_grey_picture_is_refused(dtype):
+    with pytest.raises(cikd.CIKDError, match="grey of more than 8 bits"):
+        cikd.prepare(Image.fromarray(np.full((9, 9), 1, dtype)), 32)
+
+
+def test_only_the_images_chosen_are_read(tmp_path, monkeypatch):
+    root = make_folder(tmp_path, train=30)
+    read = []
+    real = cikd.open_image
+    monkeypatch.setattr(cikd, "open_image", lambda path: read.append(path) or real(path))
+    data = cikd.load_dataset(folder_config(root, train_size=6, holdout=4))
+    assert len(read) == len(set(read)) == 10 and len(data.train[1]) == 6
+    whole = cikd.load_dataset(folder_config(root, holdout=4))
+    assert torch.equal(whole.test[0], data.test[0])     # the same are held out
+
+
+def test_a_holdout_too_large_for_a_rare_class_names_it(tmp_path, capsys):
+    root = make_folder(tmp_path / "d", train=20)
+    for i in range(3, 20):
+        (root / "train" / "cat" / f"{i}.png").unlink()
+    args = ["--dataset", "folder", "--data-dir", root, "--image-size", 32, "--patch-size", 8,
+            "--device", "cpu"]
+    line = fails(capsys, *args, "--holdout", 12)
+    most = int(re.search(r"cat has 3 images, .*hold out (\d+) at most", line)[1])
+    cfg = folder_config(root, holdout=most)
+    data = cikd.load_dataset(cfg)
+    assert {*data.train[1].tolist()} == {*data.test[1].tolist()} == {0, 1}
+    assert f"hold out {most} at most" in fails(capsys, *args, "--holdout", most + 1)
 
 
 # ---- 8. training
@@ -1483,7 +1607,7 @@ def test_of_two_teachers_trained_at_once_the_first_to_be_whole_counts(tiny, monk
     monkeypatch.setattr(cikd, "fit", slow)
     run = Path(cikd.train(replace(tiny, run_name="slow"))["folder"])
     runs = [run, run.with_name("fast")]
-    teacher, = run.with_name("teachers").iterdir()      # and the other one's folder is gone
+    teacher, = run.with_name("teachers").iterdir()
     assert len(times) == 4 and times == {p: p.stat().st_mtime_ns for p in teacher.iterdir()}
     assert [teacher_of(run) for run in runs] == [teacher / "teacher.pt"] * 2
     teacher_hash = cikd.hash_of((teacher / "teacher.pt").read_bytes())
@@ -1528,21 +1652,21 @@ def together(cwd, *argv, first=""):
 
 
 KILL_IN_EPOCH_4 = """save = cikd.save
-def killed(path, content):
-    save(path, content)
+def killed(path, content, *unless):
+    save(path, content, *unless)
     if path.name == "last.pt" and len(content["rows"]) == 3:
         os.kill(os.getpid(), 9)
 cikd.save = killed"""
 
 
 def test_two_processes_give_what_one_gives_even_after_a_kill(tmp_path, monkeypatch):
-    done = torchrun(tmp_path, *SHARED, "two")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("teacher, seed") == 1 == done.stdout.count("LM        4/4")
     monkeypatch.chdir(tmp_path)
     assert cikd.main([*SHARED, "one"]) == 0
-    one, two = (cikd.load(teacher_of(Path(name, "run"))) for name in ("one", "two"))
-    assert equal(one, two)                              # BatchNorm saw whole batches
+    for name in ("two", "three"):
+        shutil.copytree("one/teachers", f"{name}/teachers")
+    done = torchrun(tmp_path, *SHARED, "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("LM        4/4") == 1 == done.stdout.count("cikd, seed 0: accuracy")
     for a, b in zip(read_metrics("one/run"), read_metrics("two/run"), strict=True):
         for column in ("loss", "attention_distance"):
             assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-3)
@@ -1568,7 +1692,8 @@ def test_by_torchrun_an_error_is_one_line_and_ends_all(tmp_path):
 def test_what_processes_cannot_share_is_said_first(argv, says, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cikd, "WORLD", 2)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-    assert says in fails(capsys, *ARGS, *argv.split(), "--output-dir", tmp_path)
+    sizes = ARGS if "teacher" not in argv else []
+    assert says in fails(capsys, *sizes, *argv.split(), "--output-dir", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -1600,7 +1725,7 @@ def test_overwrite_removes_nothing_before_all_else_is_there(finished, there, cap
     before = contents(finished)
     teacher_of(finished).write_bytes(b"junk")
     line = fails(capsys, *there, "--overwrite")
-    assert "teacher.pt: missing or not a checkpoint" in line
+    assert "teacher.pt: not a checkpoint" in line
     assert contents(finished) == before
 
 
@@ -1627,7 +1752,7 @@ def test_a_teacher_is_kept_for_exactly_what_it_depends_on(tiny, monkeypatch):
     """Each fact has a folder of its own; what a teacher does not depend on trains no other."""
     def untrained(model, teacher, cfg, data, final):
         cikd.save(final, model.state_dict())
-        cikd.save(final.parent / "metrics.csv", [dict(accuracy=0, seconds=0)])
+        cikd.save(final.parent / "metrics.csv", [dict(accuracy=0, seconds=0)] * cfg.epochs)
 
     def folders(**kwargs):
         cikd.train(replace(tiny, method="kd", **kwargs))
@@ -1698,7 +1823,7 @@ def test_an_own_teacher_that_does_not_fit_is_refused(finished, tmp_path, capsys,
         torch.save(content, tmp_path / "other.pt")
         assert says in fails(capsys, *args, tmp_path / "other.pt")
     (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:5000])
-    assert "cut.pt: missing or not a checkpoint" in fails(capsys, *args, tmp_path / "cut.pt")
+    assert "cut.pt: not a checkpoint" in fails(capsys, *args, tmp_path / "cut.pt")
     assert not (tmp_path / "r").exists() and not (tmp_path / "owned").exists()
 
 
@@ -1708,7 +1833,7 @@ def test_pretrained_weights_go_everywhere_but_the_classifier(tmp_path, monkeypat
             get_state_dict = torchvision.models.resnet18().state_dict
 
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: Weights)
-    cfg = cikd.Config("shapes", "teacher", pretrained_teacher=True, teacher="resnet18",
+    cfg = cikd.Config(method="teacher", pretrained_teacher=True, teacher="resnet18",
                       image_size=96, patch_size=48, teacher_epochs=1, device="cpu",
                       output_dir=str(tmp_path))
     some = random_images(2, 96), torch.tensor([0, 1])
@@ -1755,6 +1880,150 @@ def test_measuring_and_figures_stay_below_2_gb(tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": "2"})
     unit = 1 if sys.platform == "darwin" else 1024
     assert done.returncode == 0 and int(done.stdout.split()[-1]) * unit < 2e9, done.stderr
+
+
+def test_the_distance_is_the_mean_of_all_images():
+    """Batches of 16 and 4 count by their images."""
+    student = small_student()
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    one_by_one = [cikd.attention_distance(maps).mean() for image in images for maps in
+                  cikd.student_maps(student, cikd.to_float(image[None]))]
+    want = float(torch.stack(one_by_one).mean())
+    assert cikd.mean_distance(student, images) == pytest.approx(want, abs=1e-5)
+    same_one = torch.cat([images[:1]] * 16 + [images[1:2]] * 1)
+    two = [cikd.mean_distance(student, images[i:i + 1]) for i in (0, 1)]
+    assert cikd.mean_distance(student, same_one) == pytest.approx(
+        (16 * two[0] + two[1]) / 17, abs=1e-6)
+
+
+def test_worst_classes_are_those_of_the_test_images():
+    data = cikd.Data(([], []), (torch.zeros(40, 3, 8, 8), torch.arange(40) % 4), list("abcd"), "")
+    answers = data.test[1].clone()
+    answers[data.test[1] == 1] = 3              # b: none right, taken for d
+    answers[2] = 0                              # c: 9 of 10 right
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cikd, "predict", lambda *_: answers)
+        said = cikd.worst_classes(None, data, 8)
+    assert said.startswith("worst classes: b 0 % (taken for d), c 90 % (taken for a)")
+    assert said.endswith("with 40 test images of 4 classes all accuracies are rough")
+
+
+def test_the_worst_classes_end_a_run_once(tiny, capsys):
+    for times in (1, 0):
+        cikd.train(replace(tiny, method="scratch"))
+        assert capsys.readouterr().out.count("worst classes: ") == times
+
+
+def test_old_figures_go_with_overwrite_and_nothing_else(tiny):
+    run = Path(cikd.train(replace(tiny, method="scratch", run_name="run"))["folder"])
+    for name in ("figures/kernels.png", "figures/explorer.html", "figures/notes.txt", "mine.txt"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("old")
+    (run / ".x.tmp").mkdir()                    # of a kill
+    cikd.train(replace(tiny, method="scratch", run_name="run", overwrite=True))
+    assert sorted(p.name for p in (run / "figures").iterdir()) == ["notes.txt"]
+    assert (run / "mine.txt").exists() and not (run / ".x.tmp").exists()
+
+
+@pytest.mark.parametrize("name,content", [
+    ("settings.json", b""), ("settings.json", b'{"a": '), ("settings.json", b"[]"),
+    ("metrics.csv", b""), ("metrics.csv", "half"), ("metrics.csv", "row"), ("last.pt", b""),
+    ("last.pt", "half")])
+def test_an_empty_or_cut_file_is_named(name, content, tiny, capsys):
+    args = ["--method", "scratch", "--run-name", "run", "--output-dir", tiny.output_dir, *ARGS]
+    assert cikd.main(args) == 0
+    run = Path(tiny.output_dir) / "run"
+    if name == "last.pt":
+        (run / "student.pt").rename(run / "last.pt")
+    whole = (run / name).read_bytes()
+    if content == "half":
+        content = whole[:len(whole) * 2 // 3]
+    elif content == "row":
+        content = b"".join(whole.splitlines(keepends=True)[:-1])
+    (run / name).write_bytes(content)
+    line = fails(capsys, *args)
+    assert str(run / name) in line and "--overwrite" in line
+    assert cikd.main([*args, "--overwrite"]) == 0
+
+
+def test_a_finished_run_needs_no_teacher_but_refuses_another(tiny, tmp_path, capsys):
+    there = [*ARGS, "--device", "cpu", "--output-dir", tiny.output_dir, "--run-name", "run"]
+    assert cikd.main(there) == 0
+    teacher = teacher_of(Path(tiny.output_dir) / "run")
+    mine = tmp_path / "mine.pt"
+    shutil.copy(teacher, mine)
+    other = tmp_path / "other.pt"
+    weights = cikd.load(teacher)
+    cikd.save(other, weights | {"fc.bias": weights["fc.bias"] + 1})
+    assert cikd.main([*there, "--teacher-checkpoint", str(mine)]) == 0      # by another path
+    assert "teacher_hash" in fails(capsys, *there, "--teacher-checkpoint", other)
+    shutil.rmtree(Path(tiny.output_dir) / "teachers")
+    assert cikd.main(there) == 0
+    assert not (Path(tiny.output_dir) / "teachers").exists()
+
+
+@pytest.mark.parametrize("method", ["scratch", "teacher"])
+def test_of_two_jobs_of_one_run_the_first_complete_result_counts(method, tiny, monkeypatch,
+                                                                  capsys):
+    """The slower one is in its second epoch when the faster one ends."""
+    cfg = replace(tiny, method=method, epochs=3, ali_epochs=1, teacher_epochs=3, seed=0)
+    epoch = cikd.train_epoch
+    folder = []
+
+    def meanwhile(*args):
+        row = epoch(*args)
+        if args[-1] == 1:
+            monkeypatch.setattr(cikd, "train_epoch", epoch)
+            folder.append(Path(cikd.train(cfg)["folder"]))
+            folder.append({p: p.read_bytes() for p in folder[0].iterdir()})
+        return row
+
+    monkeypatch.setattr(cikd, "train_epoch", meanwhile)
+    result = cikd.train(cfg)
+    assert "another job was faster" in capsys.readouterr().out
+    assert result["epochs"] == 3 and Path(result["folder"]) == folder[0]
+    assert folder[1] == {p: p.read_bytes() for p in folder[0].iterdir()}
+
+
+def test_what_is_finished_meanwhile_is_not_overwritten(tmp_path):
+    (tmp_path / "done").touch()
+    cikd.save(tmp_path / "a.json", [1], tmp_path / "done")
+    cikd.save(tmp_path / "b.json", [1], tmp_path / "other")
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["b.json", "done"]
+
+
+def test_torchrun_names_the_command_that_trains_the_teacher(tiny, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cikd, "WORLD", 2)
+        patch.setattr(cikd, "wait", lambda turn: None)
+        with pytest.raises(cikd.CIKDError) as caught:
+            cikd.train(replace(tiny, image_size=24, patch_size=6, train_size=80))
+    command = str(caught.value).split("first: ")[1]
+    words = shlex.split(command)
+    assert words[:4] == ["python", "cikd.py", "--method", "teacher"]
+    assert not Path(tiny.output_dir).exists()
+    assert cikd.main(words[2:]) == 0
+    teacher, = Path(tiny.output_dir, "teachers").iterdir()
+    run = cikd.train(replace(tiny, image_size=24, patch_size=6, train_size=80))["folder"]
+    assert teacher_of(run).parent == teacher
+
+
+@pytest.mark.parametrize("wrap,says", [
+    (lambda state: {"state_dict": state, "epoch": 3}, "under the key 'state_dict'"),
+    (lambda state: {"epoch": 3, "model": state}, "under the key 'model'"),
+    (lambda state: torch.nn.Linear(2, 2), "save its state_dict()")])
+def test_a_teacher_one_level_down_is_explained(wrap, says, tiny, tmp_path, capsys):
+    state = cikd.ResNetTeacher("resnet20", 10, 32).state_dict()
+    torch.save(wrap(state), tmp_path / "t.pt")
+    line = fails(capsys, *ARGS, "--output-dir", tiny.output_dir, "--teacher-checkpoint",
+                 tmp_path / "t.pt")
+    assert says in line and "weights_only" not in line and "\033" not in line
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_option(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = fails(capsys, *ARGS, "--method", "scratch", "--output-dir", tmp_path / "file")
+    assert "--output-dir" in line and str(tmp_path / "file") in line
 
 
 # ---- 9. command line
@@ -1822,6 +2091,16 @@ def test_what_the_machine_lacks_is_said_plainly(monkeypatch, capsys):
     monkeypatch.setattr(cikd, "train", raising(RuntimeError("a bug")))
     with pytest.raises(RuntimeError):           # what only we can mend keeps its traceback
         cikd.main([])
+
+
+def test_what_a_terminal_cannot_print_does_not_end_a_run(tmp_path):
+    make_folder(tmp_path / "数据", classes=("é", "数"))
+    args = ["--dataset", "folder", "--data-dir", "数据", "--image-size", "32", "--patch-size", "8",
+            "--student", "vit_micro", "--epochs", "1", "--method", "scratch", "--seeds", "0", "1"]
+    for encoding in ("cp1252", "ascii"):
+        done = run_cli(tmp_path, *args, env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert "\\u6570\\u636e" in done.stdout
 
 
 # ---- visualize_attention.py
