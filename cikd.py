@@ -936,7 +936,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict:
     """Tensors and plain values; with `model`, a state dict that must fit it exactly. CIKDError."""
     try:                                        # weights_only: no pickle that would run code
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CIKDError(f"{path}: cannot be read ({one_line(error)})") from None
     except pickle.UnpicklingError:
         raise CIKDError(f"{path}: not a checkpoint of plain tensors; if it holds a whole model, "
@@ -1131,8 +1131,9 @@ def train_epoch(model, teacher, optimizer, loss_fn, cfg: Config, data: Data, pla
          f"{stage.name}, epoch {epoch + 1}: the loss or a weight is not finite; the run's folder "
          "keeps the epoch before, if any; try a smaller --lr (for a teacher: --teacher-checkpoint)")
     loss, ali, ce, dkd = log.mean(0).tolist()
-    return dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd, lr=rate,
-                **measure(model, cfg, data), seconds=seconds, images_per_second=images / seconds)
+    return dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
+                lr=optimizer.param_groups[0]["lr"], **measure(model, cfg, data), seconds=seconds,
+                images_per_second=images / seconds)
 
 
 def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
