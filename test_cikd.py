@@ -45,8 +45,11 @@ import cikd
 import visualize_attention as va
 
 HERE = Path(cikd.__file__).resolve().parent
-TINY = dict(train_size=60, holdout=40, epochs=2, ali_epochs=1, teacher_epochs=1, device="cpu")
-ARGS = "--train-size 60 --holdout 40 --epochs 2 --ali-epochs 1 --teacher-epochs 1".split()
+SMALL = dict(image_size=32, patch_size=4, batch_size=24)        # whatever the demonstration has
+TINY = SMALL | dict(train_size=60, holdout=40, epochs=2, ali_epochs=1, teacher_epochs=1,
+                    device="cpu")
+ARGS = ("--image-size 32 --patch-size 4 --batch-size 24 --train-size 60 --holdout 40 --epochs 2 "
+        "--ali-epochs 1 --teacher-epochs 1").split()
 COLUMNS = ("stage", "epoch", "loss", "ali", "ce", "dkd", "lr", "accuracy", "attention_distance",
            "seconds", "images_per_second")
 
@@ -283,7 +286,7 @@ def test_a_student_starts_small_and_without_biases():
 def test_drop_path_rises_with_depth_and_drops_single_images():
     rates = [block.drop_path.p for block in small_student(drop_path=0.2).blocks]
     assert rates == pytest.approx([0, 0.1, 0.2])
-    cfg = cikd.resolve(cikd.Config(drop_path=0.4))
+    cfg = cikd.resolve(cikd.Config(drop_path=0.4, **SMALL))
     rates = [block.drop_path.p for block in cikd.build_student(cfg, 10).blocks]
     assert rates == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4])
     assert small_student(depth=1, drop_path=0.5).blocks[0].drop_path.p == 0
@@ -483,7 +486,7 @@ def test_dkd_is_finite_when_models_are_sure(K, dtype, gap):
 
 def models(**kwargs):
     """Settings, a student and a teacher, both untrained."""
-    cfg = cikd.resolve(cikd.Config(**kwargs))
+    cfg = cikd.resolve(cikd.Config(**SMALL | kwargs))
     torch.manual_seed(0)
     student = cikd.build_student(cfg, 10)
     teacher = cikd.ResNetTeacher(cfg.teacher, 10, cfg.image_size).eval().requires_grad_(False)
@@ -621,7 +624,7 @@ BAD = """--dataset mnist|--dataset  --method dino|--method  --student vit_huge|-
 --seeds 0 -3|--seeds  --train-size 5|10 classes  --train-size 3001|3000 images
 --holdout 3000|--holdout  --image-size 30|evenly  --patch-size 32|2 x 2  --jitter -0.1|--jitter
 --heads 5|does not divide  --heads 32|channels  --pairs 0:1,|--pairs  --drop-path 1|--drop-path
---teacher-epochs 0|--teacher-epochs  --ali-epochs 16|LM comes after  --epochs 1|LM comes after
+--teacher-epochs 0|--teacher-epochs  --ali-epochs 19|LM comes after  --epochs 1|LM comes after
 --tau 0|--tau  --tau nan|--tau  --method teacher --seeds 0 1|--data-seed  --pairs 0:4|--pairs
 --pairs 6:1|--pairs  --pairs first:1|--pairs  --pairs 0:1;1:2|--pairs  --dkd-beta -1|--dkd-beta
 --dkd-temperature 0|--dkd-temperature  --epochs ten|--epochs  --batch-size 0|--batch-size
@@ -1048,7 +1051,7 @@ def test_a_silent_server_does_not_hang(capsys, monkeypatch):
 
 
 def test_subsets_are_balanced_seeded_and_disjoint():
-    base = cikd.Config(train_size=207, holdout=103)
+    base = cikd.Config(train_size=207, holdout=103, image_size=32, patch_size=4)
     data = cikd.load_dataset(cikd.resolve(base))
     for (images, labels), n in ((data.train, 207), (data.test, 103)):
         counts = labels.bincount(minlength=10)
@@ -1119,7 +1122,8 @@ def test_resized_crop_agrees_with_torchvision():
 
 
 def fifty_images(**given):
-    cfg = cikd.resolve(cikd.Config(train_size=50, holdout=20, batch_size=16, **given))
+    sizes = SMALL | dict(train_size=50, holdout=20, batch_size=16)
+    cfg = cikd.resolve(cikd.Config(**sizes | given))
     return cikd.load_dataset(cfg), cfg
 
 
@@ -1331,7 +1335,7 @@ def test_the_measured_distance_is_that_of_every_block_on_64_images():
     """The mean over blocks, heads, queries and 64 images, evenly spaced among those of the test."""
     student = small_student(depth=3)
     images = random_images(127)
-    cfg = cikd.resolve(cikd.Config())
+    cfg = cikd.resolve(cikd.Config(**SMALL))
     x = cikd.to_float(images[::2])                                      # 64 of them
     _, tapped = student.eval().forward_taps(x, (0, 1, 2))
     maps = [cikd.relation(q[:, :, 1:], k[:, :, 1:]).exp() for q, k, _ in tapped.values()]
@@ -1369,7 +1373,8 @@ def pinned_run(method, folder) -> list[list[float]]:
     """A tiny run -> PINNED_COLUMNS, epoch by epoch. The students' teacher is the one stored beside
     the figures: a training of its own would differ from CPU to CPU, and make them differ."""
     cfg = cikd.Config(method=method, train_size=120, holdout=64, epochs=4, ali_epochs=2,
-                      batch_size=30, crop="pad", device="cpu", output_dir=str(folder))
+                      batch_size=30, image_size=32, patch_size=4, crop="pad", device="cpu",
+                      output_dir=str(folder))
     if method == "teacher":
         cfg = replace(cfg, teacher_epochs=2, lr=0.01)
     else:
@@ -2480,7 +2485,7 @@ def test_the_code_in_the_readme_is_the_code():
 def test_the_programs_in_the_readme_run_and_print_what_it_says(tmp_path, monkeypatch, capsys):
     shapes, use = [q for q in re.findall(r"```python\n(.*?)```", README, re.S) if "import" in q]
     exec(shapes, {})
-    assert capsys.readouterr().out in README and "surrogate         [8, 4, 64, 64]" in README
+    assert capsys.readouterr().out in README and "surrogate         [8, 4, 36, 36]" in README
     shutil.copytree(HERE / "figures" / "runs", tmp_path / "figures" / "runs")
     Image.fromarray(np.full((50, 70, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
