@@ -1218,7 +1218,8 @@ def test_the_table_has_a_row_for_each_stage_run_and_surrogate(loaded, runs, caps
     images, _ = va.run_images(loaded[0])
     students = va.measure_students(entries_of(loaded), images)
     surrogates = va.measure_surrogates(loaded[0], images)
-    assert [row.label for row in students] == ["before training", "after ALI", "after LM", "scratch"]
+    labels = [row.label for row in students]
+    assert labels == ["before training", "after ALI", "after LM", "scratch"]
     assert [row.label for row in surrogates] == ["surrogate, layer1", "surrogate, layer2"]
     rows = read_metrics(runs["cikd"])
     accuracies = [float(rows[0]["accuracy"]), float(rows[2]["accuracy"])]
@@ -1344,7 +1345,7 @@ def test_a_row_in_methods_and_teachers_is_all_that_a_reader_adds(tiny, runs, mon
 def test_own_pictures_are_classified_and_the_first_four_drawn(copied, photos, tmp_path):
     argv = ["--image", *photos, "--format", "svg", "--html"]
     done = run_cli(tmp_path, *argv, script="visualize_attention.py",        # of the newest run
-                   env=os.environ | {"MPLBACKEND": "nowhere"})      # as a notebook may have named it
+                   env=os.environ | {"MPLBACKEND": "nowhere"})      # as a notebook may name it
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("runs/*/figures/*.svg"))) == 5
     student, classes, _ = cikd.load_student(copied)
