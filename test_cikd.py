@@ -2362,8 +2362,11 @@ def test_long_class_names_are_shortened_and_no_name_is_a_formula(loaded, tmp_pat
     captions = va.captions_of(run, va.chances_of(run, images[:2]), truth[:2])
     assert captions[1].splitlines()[0] == rf"true: $\a$ very long…om for 2{int(truth[1])}"
     assert all(len(text) < 40 for caption in captions for text in caption.splitlines())
-    looked = va.looks(run, entries_of(loaded), images[:2], None)
-    va.heatmaps(run, looked, captions, tmp_path / "heatmaps.png")
+    for entries in ([], entries_of(loaded)):                # one column and four
+        looked = va.looks(run, entries, images[:2], None)
+        va.heatmaps(run, looked, captions, tmp_path / "heatmaps.png")
+        picture = np.asarray(Image.open(tmp_path / "heatmaps.png").convert("L"))
+        assert picture[:, :2].min() == 255                  # no caption is cut off
 
 
 @pytest.mark.parametrize("argv,says", [

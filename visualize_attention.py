@@ -455,16 +455,23 @@ def heatmaps(run: Run, looked: Looks, captions: list[str], path: Path) -> dict[s
     """Where a patch looks: surrogate and trained students. Returns {column: [n, g, g]}."""
     # Before training all is even, as the uniform value in the bar's label says.
     columns = [column for column in looked.columns if column.trained]
-    longest = max(len(text) for caption in captions for text in caption.splitlines())
-    width = 1.7 * (len(columns) + 1) + 0.08 * longest + 1.3
-    figure = Figure((width, 1.75 * len(captions) + 1), layout="constrained")
+    figure = Figure(layout="constrained")
     scale = scale_of(columns, len(captions))
     axes = show(figure, looked._replace(columns=columns), scale, len(captions))
+    texts = []
     for place, caption in zip(axes[:, 0], captions):
-        place.set_ylabel(caption, rotation=0, ha="right", va="center")
+        texts.append(place.text(-0.05, 0.5, caption, transform=place.transAxes, ha="right",
+                                va="center", in_layout=False))
     bar = figure.colorbar(ScalarMappable(scale, "magma"), ax=axes, shrink=0.9, extend="max")
     bar.set_label(f"attention, mean of heads\n(uniform: {1 / run.grid ** 2:.3f})", fontsize=9)
     figure.suptitle(f"Where the framed patch looks: block {max(run.pairs)[0]}", fontsize=13)
+    # The layout would cut long captions off: their room is measured and kept out of it.
+    figure.draw_without_rendering()
+    widest = max(text.get_window_extent().width for text in texts)
+    room = widest / figure.dpi + 0.1                            # inches
+    width = room + 1.7 * (len(columns) + 1) + 1.5
+    figure.set_size_inches(width, 1.75 * len(captions) + 1)
+    figure.get_layout_engine().set(rect=(room / width, 0, 1 - room / width, 1))
     draw(figure, path, run)
     return {column.label: column.maps for column in columns}
 
