@@ -72,16 +72,13 @@ def offline(monkeypatch):
 make_shapes = cikd.make_shapes
 
 
-@functools.cache
-def stored_shapes(n, seed, size):
-    return make_shapes(n, seed, size)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def shapes_are_made_once():
     """All tests share the images of one seed; each gets a copy. To test them: `make_shapes`."""
+    stored = functools.cache(make_shapes)
+
     def copies(n, seed, size=32):
-        images, labels = stored_shapes(n, seed, size)
+        images, labels = stored(n, seed, size)
         return images.clone(), labels.clone()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,18 +93,17 @@ def tiny(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def finished_once(tmp_path_factory):
-    """Where a cikd run of the TINY settings and its teacher lie, with snapshots."""
+def finished_once(tmp_path_factory) -> Path:
+    """A finished cikd run of the TINY settings, with snapshots; its teacher lies beside it."""
     folder = str(tmp_path_factory.mktemp("finished"))
-    return cikd.train(cikd.Config(output_dir=folder, snapshot_every=2, **TINY))["folder"]
+    return Path(cikd.train(cikd.Config(output_dir=folder, snapshot_every=2, **TINY))["folder"])
 
 
 @pytest.fixture
 def finished(finished_once, tiny) -> Path:
-    """The folder of a copy of it, among the runs of `tiny`: that run is finished, then."""
-    runs = Path(tiny.output_dir)
-    shutil.copytree(Path(finished_once).parent, runs)
-    return runs / Path(finished_once).name
+    """A copy of it among the runs of `tiny`, of which it is the finished one."""
+    runs = shutil.copytree(finished_once.parent, tiny.output_dir)
+    return Path(runs, finished_once.name)
 
 
 def fails(capsys, *argv) -> str:
@@ -207,9 +203,14 @@ def to_torchvision(state: dict) -> dict:
     return state
 
 
-def assert_same_logits(student, theirs, size):
-    for p in student.parameters():              # away from zeros and ones, so that each one matters
+def randomize(model):
+    """Away from zeros and ones, so that each weight matters."""
+    for p in model.parameters():
         p.data.normal_(std=0.2)
+
+
+def assert_same_logits(student, theirs, size):
+    randomize(student)
     student.double()
     theirs.double().eval().load_state_dict(to_torchvision(student.state_dict()), strict=True)
     x = torch.randn(3, 3, size, size, dtype=torch.float64)
@@ -284,8 +285,6 @@ def test_a_student_starts_small_and_without_biases():
 
 
 def test_drop_path_rises_with_depth_and_drops_single_images():
-    rates = [block.drop_path.p for block in small_student(drop_path=0.2).blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2])
     cfg = cikd.resolve(cikd.Config(drop_path=0.4, **SMALL))
     rates = [block.drop_path.p for block in cikd.build_student(cfg, 10).blocks]
     assert rates == pytest.approx([0, 0.08, 0.16, 0.24, 0.32, 0.4])
@@ -313,7 +312,6 @@ def test_teacher_gives_torchvisions_logits(name):
 
 @pytest.mark.parametrize("name,size,shapes", [
     ("resnet20", 32, [(16, 32), (32, 16), (64, 8)]),
-    ("resnet56", 32, [(16, 32), (32, 16), (64, 8)]),
     ("resnet18", 32, [(64, 32), (128, 16), (256, 8), (512, 4)]),
     ("resnet18", 64, [(64, 64), (128, 32), (256, 16), (512, 8)]),
     ("resnet34", 224, [(64, 56), (128, 28), (256, 14), (512, 7)])])
@@ -325,12 +323,12 @@ def test_teacher_maps(name, size, shapes):
     assert {i: (m.shape[1], m.shape[2]) for i, m in maps.items()} == dict(enumerate(shapes, 1))
 
 
-@pytest.mark.parametrize("name,layers", [("resnet20", 20), ("resnet56", 56), ("resnet18", 18),
-                                         ("resnet34", 34)])
-def test_a_teacher_has_as_many_layers_as_its_name_says(name, layers):
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "resnet34", "resnet56"])
+def test_a_teacher_has_as_many_layers_as_its_name_says(name):
     """Counted as He 2016 does: convolutions and the classifier, without the shortcuts."""
-    names = [n for n, p in cikd.ResNetTeacher(name, 10, 32).named_parameters() if p.ndim > 1]
-    assert len([n for n in names if "downsample" not in n]) == layers
+    parameters = cikd.ResNetTeacher(name, 10, 32).named_parameters()
+    layers = [n for n, p in parameters if p.ndim > 1 and "downsample" not in n]
+    assert name == f"resnet{len(layers)}"
 
 
 def test_a_teachers_convolutions_start_by_kaiming_fan_out():
@@ -795,7 +793,7 @@ def test_folder_reads_every_kind_of_image(tmp_path):
         "turned.jpg": (image, np.rot90(rgb, -1), 6)}
     turned = Image.Exif()
     turned[0x0112] = 6                          # the camera was turned: show it rotated by 90°
-    here = make_folder(tmp_path) / "train" / "cat"
+    here = make_folder(tmp_path) / "train/cat"
     for name, (picture, _, _) in kinds.items():
         exif = turned.tobytes() if name == "turned.jpg" else b""
         kind = "PNG" if name.endswith("png") else "JPEG"
@@ -811,7 +809,7 @@ def test_folder_reads_every_kind_of_image(tmp_path):
     Image.fromarray(np.full((9, 9), 4000, np.uint16)), Image.fromarray(np.ones((9, 9), np.int32)),
     Image.fromarray(np.full((9, 9), 0.5, np.float32))], ids=["I;16", "I", "F"])
 def test_deep_grey_is_refused_by_name(image, tmp_path):
-    image.save(make_folder(tmp_path) / "train" / "cat" / "deep.tiff")
+    image.save(make_folder(tmp_path) / "train/cat/deep.tiff")
     with pytest.raises(cikd.CIKDError, match=r"deep.tiff: grey of more than 8 bits; convert it"):
         cikd.load_dataset(folder_config(tmp_path))
 
@@ -831,7 +829,7 @@ def test_val_serves_as_test_and_labels_are_those_of_train(name, tmp_path, capsys
     root = make_folder(tmp_path, classes=("ant", "bee", "cat"), test_name=name)
     shutil.rmtree(root / name / "ant")
     (root / "test").mkdir()                     # without class folders
-    (root / "test" / "0.png").touch()
+    (root / "test/0.png").touch()
     data = cikd.load_dataset(folder_config(root))
     assert data.classes == ["ant", "bee", "cat"] and data.test[1].unique().tolist() == [1, 2]
     assert f"reading {root / name}: 8 of 8 images" in capsys.readouterr().out
@@ -851,18 +849,18 @@ def one_class(root):
 
 
 def empty_class(root):
-    (make_folder(root) / "train" / "eel").mkdir()
+    (make_folder(root) / "train/eel").mkdir()
 
 
 def only_in_test(root):
     make_folder(root, classes="abc")
-    (root / "train" / "c").rename(root / "d")
+    (root / "train/c").rename(root / "d")
 
 
 def broken(root):
     make_folder(root)
     for i in range(3):
-        path = root / "train" / "cat" / f"{i}.png"
+        path = root / f"train/cat/{i}.png"
         path.write_bytes(path.read_bytes()[:700 * i])
 
 
@@ -974,18 +972,18 @@ def mini_pets(root, patch):
     tar(root / "annotations.tar.gz", lists)
     urls = [url for url, _ in cls._RESOURCES]
     patch(cls, "_RESOURCES", tuple((url, md5(root / url.rsplit("/")[-1])) for url in urls))
-    return (3, 2), root / "images" / "beagle_1.jpg"
+    return (3, 2), root / "images/beagle_1.jpg"
 
 
 def mini_aircraft(root, patch):
     top = "fgvc-aircraft-2013b/data/"
-    files = {top + f"images/{i:07}.jpg": jpeg(i) for i in range(5)}
-    files[top + "variants.txt"] = b"707-320\nA340-300\n"
-    files[top + "images_variant_trainval.txt"] = (
+    files = {f"{top}images/{i:07}.jpg": jpeg(i) for i in range(5)}
+    files[f"{top}variants.txt"] = b"707-320\nA340-300\n"
+    files[f"{top}images_variant_trainval.txt"] = (
         b"0000000 707-320\n0000001 A340-300\n0000002 707-320\n")
-    files[top + "images_variant_test.txt"] = b"0000003 A340-300\n0000004 707-320\n"
+    files[f"{top}images_variant_test.txt"] = b"0000003 A340-300\n0000004 707-320\n"
     tar(root / "fgvc-aircraft-2013b.tar.gz", files)
-    return (3, 2), root / top / "images" / "0000001.jpg"
+    return (3, 2), root / top / "images/0000001.jpg"
 
 
 def mini_dtd(root, patch):
@@ -996,7 +994,7 @@ def mini_dtd(root, patch):
             files[f"dtd/images/{name}/{name}_{i}.jpg"] = jpeg(i)
     tar(root / "dtd-r1.0.1.tar.gz", files)
     patch(torchvision.datasets.DTD, "_MD5", md5(root / "dtd-r1.0.1.tar.gz"))
-    return (4, 2), root / "dtd" / "images" / "woven" / "woven_1.jpg"
+    return (4, 2), root / "dtd/images/woven/woven_1.jpg"
 
 
 def mini_imagenette(root, patch):
@@ -1010,7 +1008,7 @@ def mini_imagenette(root, patch):
     tar(root / f"{top}.tgz", files)
     archive = cls._ARCHIVES["320px"][0], md5(root / f"{top}.tgz")
     patch(cls, "_ARCHIVES", cls._ARCHIVES | {"320px": archive})
-    return (6, 4), root / top / "train" / "n02102040" / "1.JPEG"
+    return (6, 4), root / top / "train/n02102040/1.JPEG"
 
 
 @pytest.mark.parametrize("name", cikd.PUBLISHED)
@@ -1065,6 +1063,24 @@ def test_subsets_are_balanced_seeded_and_disjoint():
     assert [h == data.images_hash for h in again] == [True, True, False]
 
 
+def test_no_two_data_seeds_share_an_image():
+    sets = [cikd.load_dataset(cikd.resolve(cikd.Config(data_seed=seed))) for seed in (0, 1)]
+    images = torch.cat([part[0] for data in sets for part in (data.train, data.test)])
+    assert len({x.numpy().tobytes() for x in images}) == len(images) == 2 * 4000
+
+
+def test_the_hash_of_the_images_covers_both_sets_and_their_labels(tmp_path):
+    cfg = folder_config(make_folder(tmp_path))
+    hashes = {cikd.load_dataset(cfg).images_hash}
+    for split in ("train", "test"):
+        last_cat = max((tmp_path / split / "cat").iterdir())
+        Image.new("RGB", (32, 32), "red").save(last_cat)
+        hashes.add(cikd.load_dataset(cfg).images_hash)
+        last_cat.rename(tmp_path / split / "dog/!.png")     # the same images in the same order
+        hashes.add(cikd.load_dataset(cfg).images_hash)
+    assert len(hashes) == 5
+
+
 def test_labels_stay_with_their_images_in_every_subset():
     images, labels = cikd.make_shapes(3000, 2)
     label_of = {x.numpy().tobytes(): y for x, y in zip(images, labels.tolist())}
@@ -1077,7 +1093,6 @@ def test_pad_crop_shifts_by_whole_pixels_and_flips():
     images = random_images(64)
     crops = cikd.draw_crops(64, 32, "pad")
     out = cikd.to_float(images, crops)
-    seen = set()
     padded = F.pad(images.float() / 127.5 - 1, (4, 4, 4, 4))
     for i, (wide, x, _, y) in enumerate(crops.tolist()):
         dx = round(x * 16)
@@ -1085,30 +1100,31 @@ def test_pad_crop_shifts_by_whole_pixels_and_flips():
         want = padded[i, :, 4 + dy:36 + dy, 4 + dx:36 + dx]
         want = want.flip(2) if wide < 0 else want
         assert (out[i] - want).abs().max() < 1e-4
-        seen.add((wide < 0, dx, dy))
-    assert len(seen) > 50 and {s[0] for s in seen} == {True, False}
-    many = cikd.draw_crops(2000, 32, "pad")
-    for shifts in (many[:, 1], many[:, 3]):
-        assert shifts.mul(16).round().unique().tolist() == [*range(-4, 5)]
-    assert 900 < int((many[:, 0] < 0).sum()) < 1100
+
+
+def test_pad_crops_have_every_shift_of_up_to_4_pixels_flipped_or_not():
+    torch.manual_seed(0)
+    wide, x, _, y = cikd.draw_crops(8000, 32, "pad").unbind(1)
+    kinds = torch.stack([wide, x * 16, y * 16], 1)
+    places = torch.arange(-4.0, 5)
+    every = torch.cartesian_prod(torch.tensor([-1.0, 1]), places, places)
+    assert torch.equal(kinds.unique(dim=0), every)
 
 
 def test_resized_crops_are_of_every_size_shape_and_place_within_the_image():
     torch.manual_seed(0)
-    wide, x, high, y = cikd.draw_crops(4000, 32, "resized").unbind(1)
-    assert 1900 < int((wide < 0).sum()) < 2100
+    wide, x, high, y = cikd.draw_crops(8000, 32, "resized").unbind(1)
+    assert 3800 < int((wide < 0).sum()) < 4200
     wide = wide.abs()
-    assert (wide <= 1).all() and (high <= 1).all()
-    assert (x.abs() + wide <= 1 + 1e-6).all() and (y.abs() + high <= 1 + 1e-6).all()
-    free = (wide < 1) & (high < 1)              # what was not cut off at the image's edge
-    area = (wide * high)[free]
-    ratio = (wide / high)[free]
-    assert 0.2 <= area.min() < 0.21 and ratio.max() <= 4 / 3 + 1e-5 and ratio.min() >= 3 / 4 - 1e-5
-    assert ratio.max() > 1.32 and ratio.min() < 0.76
-    assert float(ratio.log().mean()) == pytest.approx(0, abs=0.02)
-    assert float((wide * high).mean()) == pytest.approx(0.6, abs=0.02)      # (0.2 + 1) / 2
-    for place, side in ((x, wide), (y, high)):
-        assert float((place[free] / (1 - side[free])).std()) == pytest.approx(3 ** -0.5, rel=0.03)
+    assert (x.abs() + wide).max() <= 1 + 1e-6 and (y.abs() + high).max() <= 1 + 1e-6
+    assert (wide * high).mean().item() == pytest.approx(0.6, abs=0.02)      # (0.2 + 1) / 2
+    free = (wide < 1) & (high < 1)              # what is not cut off at the image's edge
+    ratios = (wide / high)[free].sort().values.tolist()
+    assert (wide * high)[free].min().item() == pytest.approx(0.2, rel=0.01)
+    assert [ratios[0], ratios[-1]] == pytest.approx([3 / 4, 4 / 3], rel=0.01)
+    assert ratios[len(ratios) // 2] == pytest.approx(1, rel=0.02)
+    for place, side in ((x, wide), (y, high)):  # uniform in the room that is left
+        assert (place / (1 - side))[free].std().item() == pytest.approx(3 ** -0.5, rel=0.03)
 
 
 def test_resized_crop_agrees_with_torchvision():
@@ -1132,25 +1148,20 @@ def one_epoch(data, cfg, *args, seed=0) -> list:
     return list(cikd.batches(data, cfg, *args))
 
 
-def test_batches_cover_the_epoch_and_keep_one_shape():
-    data, cfg = fifty_images(crop="pad")
-    epoch = one_epoch(data, cfg)
-    assert [x.shape[0] for x, _ in epoch] == [16] * 3 and epoch[0][0].dtype == torch.float32
-    (_, labels), = cikd.batches(data, replace(cfg, batch_size=500))
-    assert sorted(labels.tolist()) == sorted(data.train[1].tolist())
-
-
-def test_a_batch_has_the_images_of_its_labels_in_a_new_order_each_epoch():
+def test_batches_give_each_image_with_its_label_once_in_a_new_order_each_epoch():
     data, cfg = fifty_images(crop="none")
     views = cikd.to_float(data.train[0])
     index_of = {view.numpy().tobytes(): i for i, view in enumerate(views)}
     orders = []
     for seed in (0, 1):
         epoch = one_epoch(data, cfg, seed=seed)
+        assert [len(x) for x, _ in epoch] == [16] * 3       # all steps have one shape
         orders.append([index_of[view.numpy().tobytes()] for x, _ in epoch for view in x])
         assert data.train[1][orders[-1]].tolist() == torch.cat([y for _, y in epoch]).tolist()
-        assert len(set(orders[-1])) == 48       # none twice
+        assert len(set(orders[-1])) == 48
     assert orders[0] != orders[1]
+    (_, labels), = cikd.batches(data, replace(cfg, batch_size=500))
+    assert sorted(labels.tolist()) == sorted(data.train[1].tolist())
 
 
 @pytest.mark.parametrize("crop", ["none", "pad"])
@@ -1188,7 +1199,7 @@ def test_four_neighbours_share_a_strong_view():
     assert views.shape == images.shape and views.dtype == torch.uint8
     assert cikd.SHARED == 4
     for part in views.split(4):
-        assert all(torch.equal(view, part[0]) for view in part)
+        assert (part == part[0]).all()
     kinds = {cikd.strong_views(images[:1]).numpy().tobytes() for _ in range(40)}
     assert len(kinds) > 20                      # shape, colour, strength: drawn anew each time
 
@@ -1286,9 +1297,8 @@ def test_one_seed_gives_one_result(tiny):
     cfg = replace(tiny, crop="resized")
     one, again = (cikd.train(replace(cfg, output_dir=tiny.output_dir + x))["folder"] for x in "12")
     same(one, again)
-    other = cikd.train(replace(cfg, seed=1))["folder"]
-    weights = weights_of(other)
-    assert not any(torch.equal(t, weights[k]) for k, t in weights_of(one).items() if t.ndim > 1)
+    other = weights_of(cikd.train(replace(cfg, seed=1))["folder"])
+    assert not any(torch.equal(t, other[k]) for k, t in weights_of(one).items() if t.ndim > 1)
 
 
 def test_learning_rate_rises_then_falls():
@@ -1333,39 +1343,39 @@ def test_attention_distance():
 
 def test_the_measured_distance_is_that_of_every_block_on_64_images():
     """The mean over blocks, heads, queries and 64 images, evenly spaced among those of the test."""
-    student = small_student(depth=3)
+    student = small_student()
+    randomize(student)
     images = random_images(127)
-    cfg = cikd.resolve(cikd.Config(**SMALL))
     x = cikd.to_float(images[::2])                                      # 64 of them
     _, tapped = student.eval().forward_taps(x, (0, 1, 2))
     maps = [cikd.relation(q[:, :, 1:], k[:, :, 1:]).exp() for q, k, _ in tapped.values()]
-    want = float(torch.stack([cikd.attention_distance(m) for m in maps]).mean())
-    data = cikd.Data((images, LABELS), (images, torch.zeros(127).long()), cikd.SHAPES, "")
-    found = cikd.measure(student.train(), cfg, data)
+    want = torch.stack([cikd.attention_distance(m) for m in maps]).mean().item()
+    part = images, torch.zeros(127).long()
+    data = cikd.Data(part, part, [], "")
+    found = cikd.measure(student.train(), cikd.resolve(cikd.Config()), data)
     assert found["attention_distance"] == pytest.approx(want, rel=1e-5)
-    assert found["accuracy"] == cikd.evaluate(student, *data.test)
 
 
 PINNED_COLUMNS = ("loss", "ali", "ce", "dkd", "attention_distance")
 PINNED = """
-teacher   2.386381         0  2.386381         0         0
-teacher   2.322246         0  2.322246         0         0
-scratch   2.398496         0  2.398496         0  4.135364
-scratch   2.324101         0  2.324101         0  4.135521
-scratch   2.302521         0  2.302521         0  4.135737
-scratch   2.293449         0  2.293449         0  4.135781
-kd        2.398496         0  2.398496   5.02239  4.135364
-kd        3.217658         0  2.311274  4.531919  4.135078
-kd        3.681586         0  2.376455  3.262828  4.134818
-kd        4.132733         0  2.408579   2.87359   4.13478
-joint      7.62813  5.229655  2.398475  5.024885  4.133283
-joint     8.286783  5.069144  2.309075  4.542815  4.128597
-joint     8.560898  4.884699  2.370343   3.26464  4.123665
-joint     8.913038  4.786874  2.397114   2.88175  4.122842
-cikd      5.173781  5.173781         0         0  4.129598
-cikd      4.958177  4.958177         0         0  4.127279
-cikd      2.340213         0  2.340213  4.804709  4.125464
-cikd      3.218074         0  2.256512  4.807805  4.125551
+scratch    2.3985        0   2.3985        0  4.13536
+scratch    2.3241        0   2.3241        0  4.13552
+scratch   2.30252        0  2.30252        0  4.13574
+scratch   2.29345        0  2.29345        0  4.13578
+kd         2.3985        0   2.3985  5.02239  4.13536
+kd        3.21766        0  2.31127  4.53192  4.13508
+kd        3.68159        0  2.37645  3.26283  4.13482
+kd        4.13273        0  2.40858  2.87359  4.13478
+joint     7.62813  5.22966  2.39847  5.02489  4.13328
+joint     8.28678  5.06914  2.30907  4.54282   4.1286
+joint      8.5609   4.8847  2.37034  3.26464  4.12366
+joint     8.91304  4.78687  2.39711  2.88175  4.12284
+cikd      5.17378  5.17378        0        0   4.1296
+cikd      4.95818  4.95818        0        0  4.12728
+cikd      2.34021        0  2.34021  4.80471  4.12546
+cikd      3.21807        0  2.25651  4.80781  4.12555
+teacher   2.38638        0  2.38638        0        0
+teacher   2.32225        0  2.32225        0        0
 """
 
 
@@ -1378,7 +1388,7 @@ def pinned_run(method, folder) -> list[list[float]]:
     if method == "teacher":
         cfg = replace(cfg, teacher_epochs=2, lr=0.01)
     else:
-        stored, = (HERE / "figures" / "runs" / "teachers").glob("*/teacher.pt")
+        stored, = HERE.glob("figures/runs/teachers/*/teacher.pt")
         cfg = replace(cfg, teacher_checkpoint=str(stored))
     rows = read_metrics(cikd.train(cfg)["folder"])
     return [[float(row.get(column) or 0) for column in PINNED_COLUMNS] for row in rows]
@@ -1389,7 +1399,7 @@ def print_pinned():
     with tempfile.TemporaryDirectory() as folder:
         for method in cikd.METHODS:
             for row in pinned_run(method, folder):
-                lines.append(" ".join([f"{method:8}", *(f"{value:9.7g}" for value in row)]))
+                lines.append(" ".join([f"{method:8}", *(f"{value:8.6g}" for value in row)]))
     print('\nPINNED = """', *lines, '"""', sep="\n")
 
 
@@ -1416,16 +1426,22 @@ def test_a_run_leaves_what_the_readme_says(finished, tiny):
     rows = read_metrics(finished)
     assert tuple(rows[0]) == COLUMNS and [r["stage"] for r in rows] == ["ALI", "LM"]
     assert float(rows[-1]["accuracy"]) == result["accuracy"] and result["epochs"] == 2
+    seconds = [float(row["seconds"]) for row in rows]
+    assert result["minutes"] * 60 == pytest.approx(sum(seconds))
+    for row, passed in zip(rows, seconds):      # two batches of 24
+        assert float(row["images_per_second"]) * passed == pytest.approx(48)
     init, ali, last = (weights_of(finished, stage) for stage in ("_init", "_ali", ""))
     name = "blocks.0.attn.qkv.weight"
     assert not torch.equal(init[name], ali[name])
     assert torch.equal(init["head.weight"], ali["head.weight"])
     assert not torch.equal(ali["head.weight"], last["head.weight"])
-    kept = cikd.load(finished / "snapshots" / "epoch_0002.pt")
-    assert equal(kept, {name: value.half() for name, value in last.items()})
+    snapshot, = (finished / "snapshots").iterdir()          # every second epoch
+    assert snapshot.name == "epoch_0002.pt"
+    assert equal(cikd.load(snapshot), {name: value.half() for name, value in last.items()})
     student, classes, cfg = cikd.load_student(finished)     # what a reader needs, and no more
     data = cikd.load_dataset(cfg)
-    assert cikd.evaluate(student, *data.test) == result["accuracy"] and classes == data.classes
+    assert not student.training and classes == data.classes
+    assert cikd.evaluate(student, *data.test) == result["accuracy"]
 
 
 def test_the_last_epochs_accuracy_counts_not_the_best_ones(tiny, monkeypatch, capsys):
@@ -1460,35 +1476,25 @@ def test_at_the_switch_optimizer_schedule_and_ramp_start_afresh(tiny, monkeypatc
 
 
 def test_strong_views_are_for_labels_and_logits_and_only_where_asked_for(tiny, monkeypatch):
-    """Teacher and student see the same one; ALI and the teacher's own training see none. Here a
-    strong view is black."""
+    """Not for ALI nor the teacher's own training. Here a strong view is black. What a step is given
+    is what teacher and student see: test_teacher_and_student_see_the_same_crop."""
     seen = set()
     step_loss = cikd.step_loss
 
     def noted(stage, cfg, model, teacher, view, *rest):
-        inputs = []
-        for network in (model, teacher):
-            if network is not None:
-                first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
-                hook = first.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
-                hooks.append(hook)
-        result = step_loss(stage, cfg, model, teacher, view, *rest)
-        while hooks:
-            hooks.pop().remove()
-        seen.add((stage.name, *(bool((x == -1).all()) for x in inputs)))
-        return result
+        seen.add((stage.name, bool((view == -1).all())))
+        return step_loss(stage, cfg, model, teacher, view, *rest)
 
-    hooks = []
     monkeypatch.setattr(cikd, "step_loss", noted)
     monkeypatch.setattr(cikd, "strong_views", torch.zeros_like)
+    cfg = replace(tiny, batch_size=60)
     for method in ("scratch", "joint", "cikd"):
-        cikd.train(replace(tiny, method=method, augment="trivial"))
-    assert seen == {("teacher", False), ("ALI", False, False), ("labels", True),
-                    ("LM", True, True), ("ALI+LM", True, True)}
+        cikd.train(replace(cfg, method=method, augment="trivial"))
+    assert seen == {("teacher", False), ("ALI", False), ("labels", True), ("LM", True),
+                    ("ALI+LM", True)}
     seen.clear()
-    for method in ("scratch", "cikd"):
-        cikd.train(replace(tiny, method=method))
-    assert seen == {("ALI", False, False), ("labels", False), ("LM", False, False)}
+    cikd.train(cfg)
+    assert seen == {("ALI", False), ("LM", False)}
 
 
 def test_a_run_from_before_strong_views_counts_as_trained_without(finished, tiny, capsys):
@@ -1576,9 +1582,10 @@ def test_kills_at_any_moment_change_nothing_and_lose_one_epoch_at_most(tmp_path,
     assert killer.places == {"half-written", "at a step", "before renaming", "after renaming"}
     assert begun == sorted(begun) and len(set(begun)) == 2 + 6
     assert cikd.main([*args, str(tmp_path / "a")]) == 0
-    same(tmp_path / "a" / "run", tmp_path / "b" / "run")
-    files = [{p.relative_to(tmp_path / x) for p in contents(tmp_path / x)} for x in "ab"]
-    assert files[0] == files[1]                 # a kill leaves nothing else
+    same(tmp_path / "a/run", tmp_path / "b/run")
+    a, b = ({p.relative_to(tmp_path / x) for p in contents(tmp_path / x)} for x in "ab")
+    assert a == b                               # a kill leaves nothing else
+    assert not [path for path in a if path.suffix == ".tmp" or path.name == "last.pt"]
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -1592,8 +1599,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     full = run_cli(tmp_path, *args, preexec_fn=limit)
     message = r"cikd: error: b/run/last.pt: cannot be written \([^\n]+too large\)[^\n]+\n"
     assert full.returncode == 2 and re.fullmatch(message, full.stderr)
-    assert not list((tmp_path / "b" / "run").glob("*.tmp"))
-    assert not (tmp_path / "b" / "run" / "last.pt").exists()
+    assert not list((tmp_path / "b/run").glob("*.tmp"))
+    assert not (tmp_path / "b/run/last.pt").exists()
     monkeypatch.chdir(tmp_path)
     assert cikd.main(args) == 0
 
@@ -1619,7 +1626,7 @@ def test_of_two_teachers_trained_at_once_the_first_to_be_whole_counts(tiny, monk
     assert {read_facts(run)["teacher_hash"] for run in runs} == {teacher_hash}
 
 
-SHARED = """--train-size 160 --holdout 40 --epochs 4 --ali-epochs 2 --teacher-epochs 1 --jitter 0
+BY_TWO = """--train-size 160 --holdout 40 --epochs 4 --ali-epochs 2 --teacher-epochs 1 --jitter 0
 --drop-path 0 --device cpu --run-name run --output-dir""".split()
 
 
@@ -1666,10 +1673,10 @@ cikd.save = killed"""
 
 def test_two_processes_give_what_one_gives_even_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cikd.main([*SHARED, "one"]) == 0
+    assert cikd.main([*BY_TWO, "one"]) == 0
     for name in ("two", "three"):
         shutil.copytree("one/teachers", f"{name}/teachers")
-    done = torchrun(tmp_path, *SHARED, "two")
+    done = torchrun(tmp_path, *BY_TWO, "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("LM        4/4") == 1 == done.stdout.count("cikd, seed 0: accuracy")
     for a, b in zip(read_metrics("one/run"), read_metrics("two/run"), strict=True):
@@ -1677,15 +1684,15 @@ def test_two_processes_give_what_one_gives_even_after_a_kill(tmp_path, monkeypat
             assert float(a[column]) == pytest.approx(float(b[column]), rel=1e-3)
     init, ali = (weights_of("two/run", stage)["head.weight"] for stage in ("_init", "_ali"))
     assert torch.equal(init, ali)                       # ALI moves no head
-    (_, first), (_, second) = together(tmp_path, *SHARED, "three", first=KILL_IN_EPOCH_4)
+    (_, first), (_, second) = together(tmp_path, *BY_TWO, "three", first=KILL_IN_EPOCH_4)
     assert first == -9 and second                       # and the other one does not wait
     assert len(read_metrics("three/run")) == 3
-    assert together(tmp_path, *SHARED, "three") == [("", 0)] * 2
+    assert together(tmp_path, *BY_TWO, "three") == [("", 0)] * 2
     same("two/run", "three/run")
 
 
 def test_by_torchrun_an_error_is_one_line_and_ends_all(tmp_path):
-    done = torchrun(tmp_path, *SHARED, "runs", "--method", "scratch", "--lr", "1e38")
+    done = torchrun(tmp_path, *BY_TWO, "runs", "--method", "scratch", "--lr", "1e38")
     assert done.returncode and done.stderr.count("cikd: error: ") == 1
     assert "labels, epoch 1: the loss or a weight is not finite" in done.stderr
     assert not [*tmp_path.rglob("student.pt"), *tmp_path.rglob("last.pt")]
@@ -1711,12 +1718,6 @@ def there(finished, tiny) -> list[str]:
 def test_other_settings_do_not_go_on(there, capsys):
     line = fails(capsys, *there, "--tau", 0.5, "--lr", 0.01)
     assert "tau 0.2 -> 0.5" in line and "lr 0.002 -> 0.01" in line and "--overwrite" in line
-
-
-def test_a_finished_run_is_reported_again_not_run_again(finished, there):
-    before = contents(finished)
-    assert cikd.main(there) == 0
-    assert contents(finished) == before
 
 
 def test_another_teacher_does_not_go_on(finished, there, capsys):
@@ -1797,7 +1798,8 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tiny, monkeypatch):
     cfg = replace(tiny, epochs=3, ali_epochs=2, batch_size=20, run_name="run")
     with monkeypatch.context() as patch:
         patch.setattr(cikd, "step_loss", poisoned)
-        with pytest.raises(cikd.CIKDError, match="ALI, epoch 2: the loss or a weight is not fin"):
+        says = "ALI, epoch 2: the loss or a weight is not finite"
+        with pytest.raises(cikd.CIKDError, match=says):
             cikd.train(cfg)
     run = Path(tiny.output_dir) / "run"
     assert not (run / "student_ali.pt").exists() and len(read_metrics(run)) == 1
@@ -1880,9 +1882,9 @@ def test_measuring_and_figures_stay_below_2_gb(tmp_path):
     pytest.importorskip("resource")
     args = ("--image-size 48 --patch-size 2 --method scratch --train-size 10 --holdout 64 "
             "--epochs 1 --device cpu --run-name r").split()
+    threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}    # no spinning beside others
     done = subprocess.run([sys.executable, "-c", MEASURE_AND_DRAW, HERE, *args], cwd=tmp_path,
-                          text=True, capture_output=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "2"})
+                          text=True, capture_output=True, env=os.environ | threads)
     unit = 1 if sys.platform == "darwin" else 1024
     assert done.returncode == 0 and int(done.stdout.split()[-1]) * unit < 2e9, done.stderr
 
@@ -2443,7 +2445,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
 # ---- the README
 
 README = (HERE / "README.md").read_text()
-NOTEBOOK = (HERE / "figures" / "README.md").read_text()
+NOTEBOOK = (HERE / "figures/README.md").read_text()
 
 
 def test_every_option_on_the_pages_exists():
@@ -2489,7 +2491,7 @@ def test_the_programs_in_the_readme_run_and_print_what_it_says(tmp_path, monkeyp
     shapes, use = [q for q in re.findall(r"```python\n(.*?)```", README, re.S) if "import" in q]
     exec(shapes, {})
     assert capsys.readouterr().out in README and "surrogate         [8, 4, 36, 36]" in README
-    shutil.copytree(HERE / "figures" / "runs", tmp_path / "figures" / "runs")
+    shutil.copytree(HERE / "figures/runs", tmp_path / "figures/runs")
     Image.fromarray(np.full((50, 70, 3), 99, np.uint8)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -2511,7 +2513,7 @@ def measured_cells() -> list[tuple[str, str]]:
     """(method, accuracy) of results.csv: seeds as mean ± deviation, but one by one on held-out
     images."""
     seeds = {}
-    with open(HERE / "figures" / "results.csv", newline="") as file:
+    with open(HERE / "figures/results.csv", newline="") as file:
         for row in csv.DictReader(file):
             command = row["command"]
             if "--holdout" not in command:
