@@ -59,6 +59,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 
+
 # %% 1. Student: ViT-Tiny, with timm's parameter names ---------------------------------------------
 class Attention(nn.Module):
     """Multi-head self-attention in two halves, because ALI wants what lies between: q, k and v."""
@@ -332,11 +333,12 @@ def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epo
         ali = ali + ali_loss(qkv[block], target, cfg.relations)
     if stage.labels:
         ce = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)       # 0.1: paper
+    lm = ce
     if stage.logits:
         dkd = dkd_loss(logits, teacher_logits, labels,
                        cfg.dkd_alpha, cfg.dkd_beta, cfg.dkd_temperature)
-    weight = (stage_epoch / cfg.ramp_epochs).clamp(max=1) if cfg.ramp_epochs else 1.0
-    lm = ce + weight * dkd
+        weight = (stage_epoch / cfg.ramp_epochs).clamp(max=1) if cfg.ramp_epochs else 1.0
+        lm = ce + weight * dkd
     loss = ali + lm                                     # stage 1: ali; stage 2: lm; joint: both
     return loss, torch.stack([ali, ce, dkd]).detach()
 
@@ -484,9 +486,9 @@ def fill(cfg: Config) -> None:
         defaults["lr"] = FINE_TUNING_LR if cfg.pretrained_teacher else TEACHER_LR
     if cfg.dataset != "shapes":
         defaults["data_dir"] = "data"
-    for name, value in defaults.items():
-        if getattr(cfg, name, value) is None:
-            setattr(cfg, name, value)
+    for f in fields(cfg):                       # a student's depth and width are no settings
+        if getattr(cfg, f.name) is None:
+            setattr(cfg, f.name, defaults.get(f.name))
     if cfg.method == "teacher":
         cfg.seed = cfg.data_seed
         cfg.epochs = cfg.teacher_epochs
@@ -530,7 +532,7 @@ def default_name(cfg: Config) -> str:
     """Folder of a run: data set, method, every setting given, seed; a long one ends in a hash."""
     data = cfg.dataset
     if data == "folder":
-        data = Path(cfg.data_dir or "data").absolute().name.lstrip(".")
+        data = os.path.basename(os.path.abspath(cfg.data_dir or "data")).lstrip(".")
     given = [f"{name}={getattr(cfg, name)}" for name in RESULT_SETTINGS if name not in
              ("dataset", "method", "seed") and getattr(cfg, name) != getattr(Config, name)]
     name = "-".join([data, cfg.method, *given, f"seed{cfg.seed}"])
@@ -771,7 +773,7 @@ def published_source(cfg: Config, test: bool) -> Source:
         parts = [maker(cfg.data_dir, download=True, **arguments)
                  for arguments in (published.test if test else published.train)]
         images = torch.utils.data.ConcatDataset(parts)
-        count = published.counts[test]
+        count = published.counts[1 if test else 0]
         need(len(images) == count, f"{len(images)} images where {count} belong")
         labels = [label for part in parts for label in getattr(part, published.labels)]
         if published.labels == "_samples":      # of (path, label)
@@ -801,15 +803,16 @@ def choose(cfg: Config, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
     K = len(source.classes)
     held = cfg.holdout or 0
     size = cfg.train_size or n - held
-    if size == n:
+    if size == n and not held:
         return torch.arange(n), torch.arange(0)
     need(0 < size <= n - held, f"--train-size, --holdout: {n} images cannot give {size} to train on"
          f" and {held} to hold out")
     order = balanced_order(labels, cfg.data_seed)
-    ends = [int((labels[order] == k).nonzero()[-1]) for k in range(K)]      # of each class in it
-    rare = ends.index(min(ends))
-    need(held <= ends[rare], f"--holdout: {source.classes[rare]} has {int((labels == rare).sum())} "
-         f"images, and one must be left to train on; hold out {ends[rare]} at most")
+    last_place = [int((labels[order] == k).nonzero()[-1]) for k in range(K)]    # of each class
+    most = min(last_place)
+    rare = last_place.index(most)
+    need(held <= most, f"--holdout: {source.classes[rare]} has {int((labels == rare).sum())} "
+         f"images, and one must be left to train on; hold out {most} at most")
     parts = {"--train-size": order[held:held + size], "--holdout": order[:held]}
     for name, part in parts.items():
         need(len(part) == 0 or len(labels[part].unique()) == K,
@@ -887,6 +890,7 @@ def batches(data: Data, cfg: Config, strong: bool = False):
     images, labels = data.train
     size = min(cfg.batch_size, len(labels))
     order = torch.randperm(len(labels))[: len(labels) // size * size].to(images.device)
+    crops = None
     if cfg.crop != "none":
         crops = draw_crops(len(order), cfg.image_size, cfg.crop).to(images.device)
     if RANK:                                    # draws its own views, colours, depths from here on
@@ -896,7 +900,7 @@ def batches(data: Data, cfg: Config, strong: bool = False):
         view = images[order[mine]]
         if strong:
             view = strong_views(view)
-        yield to_float(view, crops[mine] if cfg.crop != "none" else None), labels[order[mine]]
+        yield to_float(view, crops if crops is None else crops[mine]), labels[order[mine]]
 
 
 # %% 8. Training: teacher and student take the same path -------------------------------------------
@@ -927,6 +931,8 @@ def save(path: Path, content, unless: Path | None = None) -> None:
             if unless is None or not unless.exists():
                 os.replace(beside, path)
     except OSError as error:
+        if unless and unless.exists():          # another job has finished the run and tidied up
+            return
         raise CIKDError(f"{path}: cannot be written ({one_line(error)}); when it can be, run the "
                         "same command again: what was saved before is whole; or give another "
                         "--output-dir") from None
@@ -936,7 +942,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict:
     """Tensors and plain values; with `model`, a state dict that must fit it exactly. CIKDError."""
     try:                                        # weights_only: no pickle that would run code
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise CIKDError(f"{path}: cannot be read ({one_line(error)})") from None
     except pickle.UnpicklingError:
         raise CIKDError(f"{path}: not a checkpoint of plain tensors; if it holds a whole model, "
@@ -961,8 +967,9 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.csv, one for each epoch. Raises CIKDError where it is cut, OSError."""
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = list(csv.DictReader(text.splitlines()))
-    whole = text.endswith("\n") and all(None not in row.values() for row in rows)
-    need(rows and whole, f"{path}: is empty or cut; start the run again with --overwrite")
+    whole = text.endswith("\n") and all(None not in (*row, *row.values()) for row in rows)
+    need(rows and whole and "accuracy" in rows[0],
+         f"{path}: is empty or cut; start the run again with --overwrite")
     return rows
 
 
@@ -1010,7 +1017,8 @@ def worst_classes(model: nn.Module, data: Data, batch_size: int) -> str:
     K = len(data.classes)
     answers = predict(model, images, batch_size)
     taken = torch.bincount(labels * K + answers, minlength=K * K).view(K, K)    # [true, answer]
-    right = (100 * taken.diag() / taken.sum(1)).tolist()        # nan: not among the test images
+    right = 100 * taken.diag() / taken.sum(1)                   # nan: not among the test images
+    right = right.nan_to_num(100).tolist()
     said = []
     for k in sorted(range(K), key=lambda k: right[k]):
         if right[k] < 100 and len(said) < 3:
@@ -1108,23 +1116,24 @@ def train_epoch(model, teacher, optimizer, loss_fn, cfg: Config, data: Data, pla
     model.train()
     stage_epoch = torch.tensor(epoch - begin, device=device)
     strong = stage.strong and cfg.augment == "trivial"
-    log = []
-    images = 0
+    terms_of_steps = []
+    seen = 0
     for step, (view, labels) in enumerate(batches(data, cfg, strong), 1):
         rate = learning_rate((epoch - begin + step / steps) / length, cfg.lr, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with autocast(device):
             loss, terms = loss_fn(stage, cfg, model, teacher, view, labels, stage_epoch)
-        log.append(torch.cat([loss.detach().view(1), terms]))   # stays on the device
+        terms_of_steps.append(torch.cat([loss.detach().view(1), terms]))    # stay on the device
         optimizer.zero_grad()
         loss.backward()
         if WORLD > 1:                           # in ALI the head has no gradient, in any process
-            average([log[-1], *(p.grad for p in model.parameters() if p.grad is not None)])
+            average([terms_of_steps[-1], *(p.grad for p in model.parameters()
+                                           if p.grad is not None)])
         optimizer.step()
-        images += len(view) * WORLD
+        seen += len(view) * WORLD
         status(f"{stage.name:7} {epoch + 1:3}/{cfg.epochs}  step {step}/{steps}", last=False)
-    log = torch.stack(log).cpu().double()       # [steps, 4]; the epoch's only wait for the device
+    log = torch.stack(terms_of_steps).cpu().double()    # [steps, 4]; the only wait for the device
     seconds = time.monotonic() - start
     finite = log.isfinite().all() and all(t.isfinite().all() for t in model.state_dict().values())
     need(finite or RANK,                        # the first process speaks for all
@@ -1133,7 +1142,7 @@ def train_epoch(model, teacher, optimizer, loss_fn, cfg: Config, data: Data, pla
     loss, ali, ce, dkd = log.mean(0).tolist()
     return dict(stage=stage.name, epoch=epoch + 1, loss=loss, ali=ali, ce=ce, dkd=dkd,
                 lr=optimizer.param_groups[0]["lr"], **measure(model, cfg, data), seconds=seconds,
-                images_per_second=images / seconds)
+                images_per_second=seen / seconds)
 
 
 def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
@@ -1146,7 +1155,7 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         loss_fn = torch.compile(step_loss, dynamic=False)
     plan = [curriculum(cfg.method, epoch, cfg.ali_epochs) for epoch in range(cfg.epochs)]
-    optimizer = make_optimizer(model, cfg)
+    optimizer = make_optimizer(model, cfg)      # for go_on; each stage has one of its own
     rows = []
     if (folder / "last.pt").exists():
         rows = go_on(folder / "last.pt", model, optimizer)
@@ -1171,9 +1180,11 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
         save(folder / "last.pt", dict(model=weights, optimizer=optimizer.state_dict(), rows=rows),
              final)
         left = (time.monotonic() - start) * (cfg.epochs - epoch - 1) / 60
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in list(rows[-1].items())[2:] if v)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()
+                          if name not in ("stage", "epoch") and (value or name == "accuracy"))
         status(f"{stage.name:7} {epoch + 1:3}/{cfg.epochs}  {shown}  {left:.0f} min left")
     save(final, model.state_dict(), final)
+    save(folder / "metrics.csv", rows)          # a slower job may have put its own there just now
     print(worst_classes(model, data, 2 * cfg.batch_size), flush=True)
 
 
@@ -1184,8 +1195,9 @@ def go_on(path: Path, model, optimizer) -> list[dict]:
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         return last["rows"]
-    except (CIKDError, LookupError, TypeError):
-        raise CIKDError(f"{path}: is empty or cut; start again with --overwrite") from None
+    except (CIKDError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise CIKDError(f"{path}: nothing to go on from ({one_line(error)[:150]}); start again "
+                        "with --overwrite") from None
 
 
 def build_student(cfg: Config, num_classes: int) -> VisionTransformer:
@@ -1219,7 +1231,7 @@ def facts_of(cfg: Config, data: Data) -> dict:
     """All that a run's result depends on, but for its teacher's weights."""
     names = TEACHER_SETTINGS if cfg.method == "teacher" else RESULT_SETTINGS
     facts = {name: getattr(cfg, name) for name in names}
-    return facts | dict(classes=data.classes, images=data.images_hash, teacher_hash=None)
+    return facts | dict(classes=data.classes, images=data.images_hash)
 
 
 def final_file(cfg: Config, data: Data) -> Path:
@@ -1227,7 +1239,8 @@ def final_file(cfg: Config, data: Data) -> Path:
     depends on: students with other settings share it."""
     if cfg.method != "teacher":
         return Path(cfg.output_dir, cfg.run_name, "student.pt")
-    key = hash_of(json.dumps(facts_of(cfg, data)).encode())[:8]
+    facts = facts_of(cfg, data) | dict(teacher_hash=None)
+    key = hash_of(json.dumps(facts).encode())[:8]
     return Path(cfg.output_dir, "teachers", f"{cfg.dataset}-{cfg.teacher}-{key}", "teacher.pt")
 
 
@@ -1252,10 +1265,11 @@ def teacher_command(cfg: Config) -> str:
 def get_teacher(cfg: Config, data: Data, path: Path) -> ResNetTeacher:
     """The frozen teacher at `path`: the user's own, one trained before, or trained now. CIKDError,
     by torchrun also where it is missing."""
-    if not cfg.teacher_checkpoint:
-        need(path.exists() or WORLD == 1, "torchrun shares the training of a student; train its "
-             f"teacher first: {teacher_command(cfg)}")
-        train(teacher_config(cfg), data)
+    if WORLD > 1:
+        need(path.exists(), "torchrun shares the training of a student; train its teacher first: "
+             f"{teacher_command(cfg)}")
+    elif not cfg.teacher_checkpoint:
+        train(teacher_config(cfg), data)        # or report the one that is there
     teacher = build_teacher(cfg, len(data.classes), data.train[0].device)
     load(path, teacher)
     if cfg.teacher_checkpoint:
@@ -1263,61 +1277,60 @@ def get_teacher(cfg: Config, data: Data, path: Path) -> ResNetTeacher:
     return teacher.eval().requires_grad_(False)         # BatchNorm keeps its statistics
 
 
-OLD_FILES = ("settings.json", "metrics.csv", "last.pt", "student*.pt", "teacher*.pt",
-             "snapshots/*.pt", "figures/*.png", "figures/*.pdf", "figures/*.svg",
-             "figures/explorer.html", "figures/locality.gif")      # what --overwrite removes
+OLD_FILES = (           # what --overwrite removes: the results first, what they are results of last
+    "student*.pt", "teacher*.pt", "last.pt", "metrics.csv", "snapshots/*.pt", "figures/*.png",
+    "figures/*.pdf", "figures/*.svg", "figures/explorer.html", "figures/locality.gif",
+    "settings.json")
 
 
-def open_run(cfg: Config, data: Data, final: Path, teacher_file: Path | None) -> None:
+def refuse_changes(final: Path, facts: dict) -> None:
+    """A run goes on with what it was begun with. Raises CIKDError that names what changed."""
+    folder = final.parent
+    if not (folder / "settings.json").exists():
+        need(not final.exists(), f"{folder}: has no settings.json; start again with --overwrite")
+        return
+    stored = read_facts(folder)
+    changed = [f"{name} {stored.get(name)} -> {value}" for name, value in facts.items()
+               if stored.get(name) != value and name != "teacher_checkpoint"]   # its hash counts
+    need(not changed, f"{folder}: was begun with other settings: {', '.join(changed)[:300]}; use "
+         "those, another --run-name, or --overwrite to start again")
+
+
+def open_run(cfg: Config, final: Path, facts: dict, teacher_file: Path | None) -> None:
     """Make the run's folder ready: --overwrite empties it; one that was begun with other facts is
     refused; a new one gets its first file. Raises CIKDError."""
     folder = final.parent
-    facts = facts_of(cfg, data)
-    if teacher_file and teacher_file.exists():
-        facts["teacher_hash"] = hash_of(teacher_file.read_bytes())
-    elif teacher_file:                          # a finished run can do without
-        del facts["teacher_hash"]
     if cfg.overwrite and RANK == 0:
         for file in [file for pattern in OLD_FILES for file in folder.glob(pattern)]:
             file.unlink()
-    if (folder / "settings.json").exists():
-        stored = read_facts(folder)
-        changed = [f"{name} {stored.get(name)} -> {value}" for name, value in facts.items()
-                   if stored.get(name) != value and name != "teacher_checkpoint"]   # see its hash
-        need(not changed, f"{folder}: was begun with other settings: {', '.join(changed)[:300]}; "
-             "use those, another --run-name, or --overwrite to start again")
-    else:
+    if not teacher_file:
+        facts = facts | dict(teacher_hash=None)
+    elif teacher_file.exists():                 # a finished run can do without
+        facts = facts | dict(teacher_hash=hash_of(teacher_file.read_bytes()))
+    refuse_changes(final, facts)
+    if not (folder / "settings.json").exists():
         relative = teacher_file and os.path.relpath(teacher_file, folder.parent)
-        save(folder / "settings.json", facts | dict(
-            data_dir=cfg.data_dir, teacher_file=relative, torch=torch.__version__,
-            device=data.train[0].device.type))
+        where = dict(data_dir=cfg.data_dir, teacher_file=relative, torch=torch.__version__,
+                     device=cfg.device)
+        save(folder / "settings.json", facts | where)
 
 
-def wait(turn: bool) -> None:
-    """By torchrun: wait here for the other processes, if it is this one's turn to."""
-    if WORLD > 1 and turn:
+def barrier() -> None:
+    """By torchrun: wait here until all processes are here."""
+    if WORLD > 1:
         dist.barrier()
 
 
-def warn_if_slow(cfg: Config, n: int, device: torch.device) -> None:
-    """Say so before a training of days begins. A rough guess: a CPU does 30 billion operations a
+def warn_if_slow(cfg: Config, n: int) -> None:
+    """Say so before a student trains for days. A rough guess: a CPU does 30 billion operations a
     second, and there are six for each weight, token and image."""
     student = STUDENTS[cfg.student]
     weights = 12 * student["depth"] * student["width"] ** 2
     tokens = (cfg.image_size // cfg.patch_size) ** 2 + 1
     days = 6 * weights * tokens * n * cfg.epochs / 30e9 / 86400
-    if device.type == "cpu" and days > 1:
-        print(f"settings for a GPU: on a CPU they take about {days:.0f} days. For a CPU add, "
-              "as the README does: --train-size 5000 --student vit_micro --epochs 60 --batch-size "
-              "64", flush=True)
-
-
-def pick_device(cfg: Config) -> torch.device:
-    if cfg.device != "auto":
-        return torch.device(cfg.device)
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(str(torch.accelerator.current_accelerator()))
+    if cfg.device == "cpu" and cfg.method != "teacher" and days > 1:
+        print(f"settings for a GPU: on a CPU they take about {days:.0f} days. The README's for a "
+              "CPU: --train-size 5000 --student vit_micro --epochs 60 --batch-size 64", flush=True)
 
 
 def learn(model, teacher, cfg: Config, data: Data, final: Path) -> None:
@@ -1331,7 +1344,8 @@ def learn(model, teacher, cfg: Config, data: Data, final: Path) -> None:
            f"{data.train[0].device}{few}")
     if not (folder / "last.pt").exists():
         save(folder / f"{final.stem}_init.pt", model.state_dict())
-    wait(RANK == 0)                             # now the others find all this and follow
+    if RANK == 0:
+        barrier()                               # now the others find all this and follow
     fit(model, teacher, cfg, data, final)
 
 
@@ -1357,33 +1371,39 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     Returns dict(accuracy: percent, last epoch; epochs; folder; minutes: of training). CIKDError."""
     need(not cfg.compare and not cfg.seeds, "--compare, --seeds: train_many runs several")
     cfg = resolve(replace(cfg, run_name=cfg.run_name or default_name(cfg)))
-    wait(RANK > 0)                              # the first process goes ahead: download, files
+    if RANK > 0:
+        barrier()                               # the first process goes ahead: download, files
     data = data or load_dataset(cfg)
-    device = pick_device(cfg)
-    if device.type == "cuda":
+    if cfg.device == "auto":
+        accelerator = torch.accelerator.current_accelerator()
+        cfg.device = accelerator.type if torch.accelerator.is_available() else "cpu"
+    if cfg.device == "cuda":
         torch.set_float32_matmul_precision("high")          # TF32
-    data = data._replace(train=[t.to(device) for t in data.train],
-                         test=[t.to(device) for t in data.test])
+    data = data._replace(train=[t.to(cfg.device) for t in data.train],
+                         test=[t.to(cfg.device) for t in data.test])
     n = len(data.train[1])
-    share = min(cfg.batch_size, n)
-    need(share % WORLD == 0, f"--batch-size: {WORLD} processes cannot share {share} images evenly")
+    batch = min(cfg.batch_size, n)
+    need(batch % WORLD == 0, f"--batch-size: {WORLD} processes cannot share {batch} images evenly")
     final = final_file(cfg, data)
     finished = final.exists() and not cfg.overwrite
+    facts = facts_of(cfg, data)
+    if not cfg.overwrite:
+        refuse_changes(final, facts)            # before a teacher is trained
     if not finished:
-        warn_if_slow(cfg, n, device)
+        warn_if_slow(cfg, n)
     teacher = None
     teacher_file = None
     if any(stage.ali or stage.logits for stage in METHODS[cfg.method]):
         teacher_file = Path(cfg.teacher_checkpoint or final_file(teacher_config(cfg), data))
-        if not finished or cfg.teacher_checkpoint:
+        if not finished or cfg.teacher_checkpoint:          # what is named must be there
             teacher = get_teacher(cfg, data, teacher_file)
-    open_run(cfg, data, final, teacher_file)
-    if finished:
-        wait(RANK == 0)
-    else:
+    open_run(cfg, final, facts, teacher_file)
+    if not finished:
         seed_torch(cfg.seed, final.stem)
         learn(build_model(cfg, data), teacher, cfg, data, final)
-    wait(True)                                  # until the first process has written all
+    elif RANK == 0:
+        barrier()
+    barrier()                                   # until the first process has written all
     return report(cfg, final)
 
 
@@ -1438,6 +1458,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, f"{message} (python cikd.py --help lists all)")
     types = dict(int=int, float=float, str=str, tuple=int)
+    group = parser
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -1452,13 +1473,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def refuse_contradictions(given: dict) -> None:
-    """What was typed, but would have no effect beside something else that was. Raises CIKDError."""
+    """What was typed, but would be ignored beside something else that was. Raises CIKDError."""
     need(not {"compare", "method"} <= given.keys(), "--compare: contradicts --method; give one")
     need(not {"seeds", "seed"} <= given.keys(), "--seeds: contradicts --seed; give one")
     if given.get("method") == "teacher":
-        for name in ("seed", "seeds", "epochs", "run_name", "teacher_checkpoint"):
-            need(name not in given, f"{option(name)}: not of a teacher, which has --teacher-epochs "
-                 "and --data-seed, and a folder named by its settings")
+        ours = {*TEACHER_SETTINGS, *RUN_SETTINGS, "method", "train_size", "holdout", "student",
+                "patch_size"} - {"seeds", "run_name"}
+        for name in given:
+            need(name in ours, f"{option(name)}: not of a teacher, which has --teacher-epochs and "
+                 "--data-seed, and a folder named by its settings")
 
 
 def join_processes(cfg: Config) -> None:

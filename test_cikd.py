@@ -620,7 +620,7 @@ def test_teacher_and_student_see_the_same_crop(stage):
 BAD = """--dataset mnist|--dataset  --method dino|--method  --student vit_huge|--student
 --crop five|--crop  --relations kk|--relations  --device tpu|--device  --seed 1.5|--seed
 --seeds 0 -3|--seeds  --train-size 5|10 classes  --train-size 3001|3000 images
---holdout 3000|--holdout  --image-size 30|evenly  --patch-size 32|2 x 2  --jitter -0.1|--jitter
+--train-size 3000 --holdout 500|--holdout  --holdout 3000|--holdout  --image-size 30|evenly  --patch-size 32|2 x 2  --jitter -0.1|--jitter
 --heads 5|does not divide  --heads 32|channels  --pairs 0:1,|--pairs  --drop-path 1|--drop-path
 --teacher-epochs 0|--teacher-epochs  --ali-epochs 19|LM comes after  --epochs 1|LM comes after
 --tau 0|--tau  --tau nan|--tau  --method teacher --seeds 0 1|--data-seed  --pairs 0:4|--pairs
@@ -704,7 +704,7 @@ def test_a_new_row_of_methods_and_students_is_all_that_is_added(tiny, monkeypatc
 
 
 @pytest.mark.parametrize("argv", ["--epochs 3", "--seed 1", "--run-name x", "--seeds 0 1",
-                                  "--teacher-checkpoint x.pt"])
+                                  "--teacher-checkpoint x.pt", "--tau 3", "--augment trivial"])
 def test_what_a_teacher_ignores_is_refused(argv, capsys):
     line = fails(capsys, "--method", "teacher", *argv.split())
     assert argv.split()[0] in line and "--teacher-epochs and --data-seed" in line
@@ -738,12 +738,11 @@ def test_help_has_groups(capsys):
     assert places[0] < text.index("--dataset") < places[1] < text.index("--student ")
 
 
-@pytest.mark.parametrize("given,slow", [
-    (dict(dataset="cifar10"), True),
-    (dict(dataset="cifar10", student="vit_micro", epochs=60), False), (dict(), False)])
-def test_a_training_of_days_is_announced(given, slow, capsys):
-    cfg = cikd.resolve(cikd.Config(**given))
-    cikd.warn_if_slow(cfg, 5000 if cfg.student == "vit_micro" else 50000, torch.device("cpu"))
+@pytest.mark.parametrize("given,n,slow", [
+    (dict(), 50000, True), (dict(method="teacher"), 50000, False), (dict(epochs=1), 5000, False),
+    (dict(student="vit_micro", epochs=60), 5000, False)])
+def test_a_training_of_days_is_announced(given, n, slow, capsys):
+    cikd.warn_if_slow(cikd.resolve(cikd.Config(dataset="cifar10", device="cpu", **given)), n)
     assert ("settings for a GPU" in capsys.readouterr().out) == slow
 
 
@@ -1588,6 +1587,25 @@ def test_kills_at_any_moment_change_nothing_and_lose_one_epoch_at_most(tmp_path,
     assert not [path for path in a if path.suffix == ".tmp" or path.name == "last.pt"]
 
 
+def test_other_settings_are_refused_before_a_teacher_is_trained(there, capsys, monkeypatch):
+    monkeypatch.setattr(cikd, "get_teacher", raising(AssertionError))
+    assert "ali_epochs 1 -> 2" in fails(capsys, *there, "--epochs", 3, "--ali-epochs", 2)
+
+
+def test_a_finished_run_without_settings_is_nobodys(finished, there, capsys):
+    (finished / "settings.json").unlink()
+    assert "has no settings.json" in fails(capsys, *there)
+    assert cikd.OLD_FILES[-1] == "settings.json"            # a kill of --overwrite leaves them
+
+
+def test_a_job_that_was_slower_does_not_fail_when_the_faster_one_tidies_up(tmp_path, monkeypatch):
+    (tmp_path / "done").touch()
+    monkeypatch.setattr(Path, "write_bytes", raising(FileNotFoundError("gone")))
+    cikd.save(tmp_path / "a.json", [1], tmp_path / "done")
+    with pytest.raises(cikd.CIKDError, match="--output-dir"):
+        cikd.save(tmp_path / "a.json", [1], tmp_path / "other")
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     """No file may grow beyond 2 MB: student_init.pt fits, last.pt does not."""
     resource = pytest.importorskip("resource")
@@ -1913,6 +1931,11 @@ def test_worst_classes_are_those_of_the_test_images():
         said = cikd.worst_classes(None, data, 8)
     assert said.startswith("worst classes: b 0 % (taken for d), c 90 % (taken for a)")
     assert said.endswith("with 40 test images of 4 classes all accuracies are rough")
+    few = data._replace(test=(data.test[0][:3], torch.tensor([0, 1, 3])))   # c is not among them
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cikd, "predict", lambda *_: torch.tensor([0, 0, 0]))
+        said = cikd.worst_classes(None, few, 8)
+    assert said.startswith("worst classes: b 0 % (taken for a), d 0 % (taken for a);")
 
 
 def test_the_worst_classes_end_a_run_once(tiny, capsys):
@@ -2002,7 +2025,7 @@ def test_what_is_finished_meanwhile_is_not_overwritten(tmp_path):
 def test_torchrun_names_the_command_that_trains_the_teacher(tiny, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cikd, "WORLD", 2)
-        patch.setattr(cikd, "wait", lambda turn: None)
+        patch.setattr(cikd, "barrier", lambda: None)
         with pytest.raises(cikd.CIKDError) as caught:
             cikd.train(replace(tiny, image_size=24, patch_size=6, train_size=80))
     command = str(caught.value).split("first: ")[1]
