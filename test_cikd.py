@@ -620,7 +620,8 @@ def test_teacher_and_student_see_the_same_crop(stage):
 BAD = """--dataset mnist|--dataset  --method dino|--method  --student vit_huge|--student
 --crop five|--crop  --relations kk|--relations  --device tpu|--device  --seed 1.5|--seed
 --seeds 0 -3|--seeds  --train-size 5|10 classes  --train-size 3001|3000 images
---train-size 3000 --holdout 500|--holdout  --holdout 3000|--holdout  --image-size 30|evenly  --patch-size 32|2 x 2  --jitter -0.1|--jitter
+--train-size 3000 --holdout 500|--holdout  --holdout 3000|--holdout
+--image-size 30|evenly  --patch-size 32|2 x 2  --jitter -0.1|--jitter
 --heads 5|does not divide  --heads 32|channels  --pairs 0:1,|--pairs  --drop-path 1|--drop-path
 --teacher-epochs 0|--teacher-epochs  --ali-epochs 19|LM comes after  --epochs 1|LM comes after
 --tau 0|--tau  --tau nan|--tau  --method teacher --seeds 0 1|--data-seed  --pairs 0:4|--pairs
