@@ -362,8 +362,8 @@ SMALL = dict(image_size=32, patch_size=4, student="vit_tiny", teacher_epochs=60,
              epochs=300, batch_size=128, crop="pad")
 PHOTO = SMALL | dict(image_size=224, patch_size=16, teacher_epochs=100, crop="resized")
 DATASETS = {            # what each has where the user gives no other
-    "shapes": dict(image_size=24, patch_size=4, student="vit_micro", teacher_epochs=4, ali_epochs=5,
-                   epochs=19, batch_size=32, crop="none"),
+    "shapes": dict(image_size=24, patch_size=4, student="vit_micro", teacher_epochs=4, ali_epochs=4,
+                   epochs=20, batch_size=32, crop="none"),
     "cifar10": SMALL,
     "cifar100": SMALL,
     "fashion_mnist": SMALL,

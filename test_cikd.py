@@ -623,7 +623,7 @@ BAD = """--dataset mnist|--dataset  --method dino|--method  --student vit_huge|-
 --train-size 3000 --holdout 500|--holdout  --holdout 3000|--holdout
 --image-size 30|evenly  --patch-size 32|2 x 2  --jitter -0.1|--jitter
 --heads 5|does not divide  --heads 32|channels  --pairs 0:1,|--pairs  --drop-path 1|--drop-path
---teacher-epochs 0|--teacher-epochs  --ali-epochs 19|LM comes after  --epochs 1|LM comes after
+--teacher-epochs 0|--teacher-epochs  --ali-epochs 20|LM comes after  --epochs 1|LM comes after
 --tau 0|--tau  --tau nan|--tau  --method teacher --seeds 0 1|--data-seed  --pairs 0:4|--pairs
 --pairs 6:1|--pairs  --pairs first:1|--pairs  --pairs 0:1;1:2|--pairs  --dkd-beta -1|--dkd-beta
 --dkd-temperature 0|--dkd-temperature  --epochs ten|--epochs  --batch-size 0|--batch-size
