@@ -1375,8 +1375,9 @@ def train(cfg: Config, data: Data | None = None) -> dict:
         barrier()                               # the first process goes ahead: download, files
     data = data or load_dataset(cfg)
     if cfg.device == "auto":
-        accelerator = torch.accelerator.current_accelerator()
-        cfg.device = accelerator.type if torch.accelerator.is_available() else "cpu"
+        cfg.device = "cpu"
+        if torch.accelerator.is_available():
+            cfg.device = torch.accelerator.current_accelerator().type
     if cfg.device == "cuda":
         torch.set_float32_matmul_precision("high")          # TF32
     data = data._replace(train=[t.to(cfg.device) for t in data.train],

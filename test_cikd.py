@@ -1404,6 +1404,16 @@ def print_pinned():
     print('\nPINNED = """', *lines, '"""', sep="\n")
 
 
+def draws_as_when_pinned() -> bool:
+    """Initial weights and drop path: other versions of torch, and other builds, draw others."""
+    torch.manual_seed(0)
+    weight = torch.nn.init.trunc_normal_(torch.empty(192, 64), std=0.02)[-1, -1]
+    torch.manual_seed(0)
+    kept = torch.empty(30, 1, 1).bernoulli_(0.9).sum()
+    return abs(weight + 0.0134685526) < 1e-7 and kept == 28
+
+
+@pytest.mark.skipif(not draws_as_when_pinned(), reason="this torch draws other initial weights")
 @pytest.mark.parametrize("method", cikd.METHODS)
 def test_a_tiny_run_gives_the_losses_and_distances_that_it_gave(method, tmp_path):
     """Within what other CPUs and numbers of threads change: up to 4e-5 of a student's losses, 3e-7
