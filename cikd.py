@@ -374,7 +374,7 @@ DATASETS = {            # what each has where the user gives no other
     "dtd": PHOTO,
     "imagenette": PHOTO,
 }
-PATIENT = 200           # from so many epochs on strong views are the default (measured)
+PATIENT = 100           # from so many epochs on strong views are the default (measured)
 TEACHER_LR = 0.1        # of a fresh teacher
 FINE_TUNING_LR = 0.01   # of one that starts from ImageNet weights
 
