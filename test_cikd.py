@@ -2575,8 +2575,43 @@ def test_the_tables_of_the_notebook_are_results_csv():
         assert {*parts} <= {cell[:4] for _, cell in shown}
         assert over_teachers == mean_of([float(part) for part in parts])
         shown.append(("over teachers", over_teachers))
-    page = str([cells for _, cells in rows_of_methods(README)])
-    assert set(re.findall(r"\d+\.\d(?: ± \d\.\d)?", page)) <= {cell for _, cell in shown}
+
+
+def by_teacher(name: str, student: str, epochs: int, method: str) -> dict[tuple, list[dict]]:
+    """The rows of results.csv with default settings and views, grouped by teacher."""
+    usual = set("dataset data-dir image-size patch-size student crop batch-size teacher "
+                "teacher-epochs epochs method seed data-seed".split())
+    groups = {}
+    with open(HERE / "figures/results.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            command = row["command"]
+            patched = " -c " in command or set(re.findall(r" --([a-z-]+)", command)) - usual
+            without_views = epochs >= cikd.PATIENT and row["commit"] in ("", "23913e0")
+            same = (row["data"], int(row["epochs"]), row["method"]) == (name, epochs, method)
+            if same and f"--student {student} " in command and not patched and not without_views:
+                data_seed = re.search(r"--data-seed (\d+)|$", command)[1]
+                groups.setdefault((row["hardware"], data_seed), []).append(row)
+    return groups
+
+
+def test_the_table_of_the_readme_is_results_csv():
+    """A row for each data set, student and length: the mean over teachers, each with all its seeds.
+    The best student is bold, whichever it is."""
+    lines = re.findall(r"^\| \[(.*?)\]\(.*?\) \| [\d,]+ \| \d+ \| `(\w+)`, (\d+) \| (.*) \|$",
+                       README, re.M)
+    assert len(lines) >= 4
+    for name, student, epochs, cells in lines:
+        expected = []
+        for method in ("scratch", "kd", "joint", "cikd"):
+            groups = by_teacher(name, student, int(epochs), method)
+            values = [[float(row["accuracy"]) for row in rows] for rows in groups.values()]
+            expected.append(mean_of([statistics.mean(v) for v in values] if values[1:]
+                                    else values[0]))
+        best = max(expected, key=lambda cell: float(cell.split()[0]))
+        expected[expected.index(best)] = f"**{best}**"
+        teachers = by_teacher(name, student, int(epochs), "cikd").values()
+        expected.append(mean_of([float(rows[0]["teacher"]) for rows in teachers]))
+        assert cells.split(" | ") == expected, name
 
 
 # ---- by hand: see the docstring
