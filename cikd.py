@@ -644,7 +644,7 @@ def to_rgb(image: Image.Image, size: int) -> torch.Tensor:
 
 def prepare(image: Image.Image | str | Path, size: int) -> torch.Tensor:
     """A picture, or its file, turned upright -> float [1, 3, size, size] in [-1, 1], ready for a
-    model. Raises CIKDError."""
+    model. Raises CIKDError for a file that is none, and for grey of more than 8 bits."""
     image = upright(image) if isinstance(image, Image.Image) else open_image(image)
     return to_float(to_rgb(image, size)[None])
 
@@ -963,13 +963,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict:
     return content
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.csv, one for each epoch. Raises CIKDError where it is cut, OSError."""
+def read_rows(path: Path, epochs: int) -> list[dict]:
+    """The rows of a finished run's metrics.csv, one for each epoch. Raises CIKDError where it is
+    cut, OSError."""
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = list(csv.DictReader(text.splitlines()))
     whole = text.endswith("\n") and all(None not in (*row, *row.values()) for row in rows)
     need(rows and whole and "accuracy" in rows[0],
          f"{path}: is empty or cut; start the run again with --overwrite")
+    need(len(rows) == epochs, f"{path}: has {len(rows)} of {epochs} epochs; start the run again "
+         "with --overwrite")
     return rows
 
 
@@ -1355,9 +1358,7 @@ def report(cfg: Config, final: Path) -> dict:
     (folder / "last.pt").unlink(missing_ok=True)
     for left_by_a_kill in folder.glob(".*.tmp"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    rows = read_rows(folder / "metrics.csv")
-    need(len(rows) == cfg.epochs, f"{folder / 'metrics.csv'}: has {len(rows)} of {cfg.epochs} "
-         "epochs; start the run again with --overwrite")
+    rows = read_rows(folder / "metrics.csv", cfg.epochs)
     accuracy = float(rows[-1]["accuracy"])
     minutes = sum(float(row["seconds"]) for row in rows) / 60
     print(f"{cfg.method}, seed {cfg.seed}: accuracy {accuracy:.1f} % after {len(rows)} epochs "

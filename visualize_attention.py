@@ -146,10 +146,7 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder).expanduser().absolute()
     last, classes, cfg = cikd.load_student(folder)
     facts = cikd.read_facts(folder)
-    metrics = folder / "metrics.csv"
-    rows = cikd.read_rows(metrics)
-    need(len(rows) == cfg.epochs, f"{metrics}: has {len(rows)} of {cfg.epochs} epochs; train this "
-         "run again with --overwrite")
+    rows = cikd.read_rows(folder / "metrics.csv", cfg.epochs)
     spans = spans_of(rows)
     end = spans[-1].stage if len(spans) > 1 else cfg.method
     moments = earlier_moments(folder, last, spans)
