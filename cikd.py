@@ -692,8 +692,9 @@ def folder_source(cfg: Config, test: bool) -> Source:
     parts = ["test", "val", "valid"] if test else ["train"]
     path = next((home / part for part in parts if class_folders(home / part)), home / parts[0])
     there = class_folders(path)
+    or_else = "; or give --holdout" if test else ""
     need(there and len(classes) > 1, f"{path}: {len(there)} class folders; --dataset folder reads "
-         "two or more train/CLASS/ and test/CLASS/ (or val, valid), or give --holdout")
+         f"two or more train/CLASS/ and test/CLASS/ (or val, valid) in --data-dir{or_else}")
     found = glob.glob(os.path.join(glob.escape(str(path)), "*", "**", "*"), recursive=True)
     found = [Path(file) for file in found if os.path.isfile(file)]
     endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif")
@@ -977,8 +978,9 @@ def read_rows(path: Path, epochs: int) -> list[dict]:
 
 
 def read_facts(folder: Path) -> dict:
-    """What a run's settings.json says. Raises CIKDError where it is cut, OSError."""
+    """What a run's settings.json says. Raises CIKDError where it is missing or cut, OSError."""
     path = folder / "settings.json"
+    need(path.exists(), f"{folder}: holds no run: there is no settings.json")
     try:
         return AS_BEFORE | json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError):
@@ -1281,8 +1283,8 @@ def get_teacher(cfg: Config, data: Data, path: Path) -> ResNetTeacher:
 
 
 OLD_FILES = (           # what --overwrite removes: the results first, what they are results of last
-    "student*.pt", "teacher*.pt", "last.pt", "metrics.csv", "snapshots/*.pt", "figures/*.png",
-    "figures/*.pdf", "figures/*.svg", "figures/explorer.html", "figures/locality.gif",
+    "student*.pt", "teacher*.pt", "last.pt", "metrics.csv", "snapshots/*.pt", "figures*/*.png",
+    "figures*/*.pdf", "figures*/*.svg", "figures*/explorer.html", "figures*/locality.gif",
     "settings.json")
 
 
@@ -1414,7 +1416,7 @@ def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Conf
     folder = Path(folder).expanduser()
     facts = read_facts(folder)
     need({*RESULT_SETTINGS, "classes", "teacher_hash"} <= facts.keys(),
-         f"{folder}: is of another version of cikd.py or a teacher; name or train a student's run")
+         f"{folder}: holds a teacher, or a run of another version of cikd.py; name a student's run")
     cfg = Config(**{f.name: facts[f.name] for f in fields(Config) if f.name in facts})
     student = build_student(cfg, len(facts["classes"])).eval()
     load(folder / "student.pt", student)
@@ -1482,8 +1484,8 @@ def refuse_contradictions(given: dict) -> None:
         ours = {*TEACHER_SETTINGS, *RUN_SETTINGS, "method", "train_size", "holdout", "student",
                 "patch_size"} - {"seeds", "run_name"}
         for name in given:
-            need(name in ours, f"{option(name)}: not of a teacher, which has --teacher-epochs and "
-                 "--data-seed, and a folder named by its settings")
+            need(name in ours, f"{option(name)}: not for --method teacher, which takes "
+                 "--teacher-epochs and --data-seed; its folder is named by its settings")
 
 
 def join_processes(cfg: Config) -> None:

@@ -866,7 +866,7 @@ def broken(root):
 
 @pytest.mark.parametrize("make,says", [
     (no_folder, "train: 0 class folders"), (no_test, "give --holdout"),
-    (one_class, "train: 1 class folders"), (empty_class, "no images of eel"),
+    (one_class, ", valid) in --data-dir\n"), (empty_class, "no images of eel"),
     (only_in_test, "images of c"), (broken, "remove 3 images: ")])
 def test_folder_faults(make, says, tmp_path, capsys):
     make(tmp_path / "data")
@@ -1958,12 +1958,13 @@ def test_the_worst_classes_end_a_run_once(tiny, capsys):
 
 def test_old_figures_go_with_overwrite_and_nothing_else(tiny):
     run = Path(cikd.train(replace(tiny, method="scratch", run_name="run"))["folder"])
-    for name in ("figures/kernels.png", "figures/explorer.html", "figures/notes.txt", "mine.txt"):
+    for name in ("figures/kernels.png", "figures/explorer.html", "figures-own/kernels.png",
+                 "figures/notes.txt", "mine.txt"):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("old")
     (run / ".x.tmp").mkdir()                    # of a kill
     cikd.train(replace(tiny, method="scratch", run_name="run", overwrite=True))
-    assert sorted(p.name for p in (run / "figures").iterdir()) == ["notes.txt"]
+    assert [p.name for p in run.glob("figures*/*")] == ["notes.txt"]
     assert (run / "mine.txt").exists() and not (run / ".x.tmp").exists()
 
 
@@ -2356,15 +2357,15 @@ def test_own_pictures_are_classified_and_the_first_four_drawn(copied, photos, tm
     done = run_cli(tmp_path, *argv, script="visualize_attention.py",        # of the newest run
                    env=os.environ | {"MPLBACKEND": "nowhere"})      # a notebook may have named it
     assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("runs/*/figures/*.svg"))) == 5
+    assert len(list(tmp_path.glob("runs/*/figures-own/*.svg"))) == 5
     student, classes, _ = cikd.load_student(copied)
     for photo in photos:
         p = student(cikd.prepare(photo, 32)).softmax(1)[0]
         best = [f"{classes[i]} {100 * p[i]:.1f} %" for i in p.argsort(descending=True)[:3]]
         assert f"\n{photo}: {', '.join(best)}\n" in done.stdout
-    page = (copied / "figures" / "explorer.html").read_text()
+    page = (copied / "figures-own" / "explorer.html").read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
-    assert len(data["images"]) == 4
+    assert len(data["images"]) == 4 and not (copied / "figures").exists()
 
 
 def test_who_imports_the_visualizer_keeps_the_backend(monkeypatch):
@@ -2429,7 +2430,7 @@ def test_an_unreadable_picture_among_others_is_named(copied, photos, capsys):
 
 
 def test_a_run_that_is_not_there_or_does_not_fit_is_named(copied, tiny, tmp_path, capsys):
-    assert "No such" in visualizer_fails(capsys, tmp_path / "nowhere")
+    assert "nowhere: holds no run" in visualizer_fails(capsys, tmp_path / "nowhere")
     shutil.rmtree(copied / "snapshots")
     assert "no snapshots" in visualizer_fails(capsys, copied, "--gif")
     other = cikd.train(replace(tiny, method="scratch", data_seed=1))["folder"]

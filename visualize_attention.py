@@ -173,7 +173,8 @@ def run_images(run: Run, pictures: list[str] | None = None,
         opened = []
         for picture in pictures:
             need(not Path(picture).is_dir(),
-                 f"{picture}: is a folder; name runs before --image and picture files after it")
+                 f"{picture}: is a folder; name runs before --image, and after it picture files, "
+                 f"such as {picture}/*.jpg")
             opened.append(cikd.to_rgb(cikd.open_image(picture), run.cfg.image_size))
         return torch.stack(opened), None
     where = os.path.expanduser(data_dir or run.cfg.data_dir or "")      # shapes lie nowhere
@@ -521,7 +522,8 @@ def kernels(panels: dict[str, torch.Tensor], figure=None) -> Figure:
     bar = figure.colorbar(colors, ax=list(axes), shrink=0.8, extend="min", format="%g")
     uniform = 4 / (side + 1) ** 2
     bar.set_label(f"mean attention, logarithmic\n(uniform: {uniform:.3f})", fontsize=9)
-    figure.suptitle(f"mean attention around a query (tiles: ±{side // 2} patches)", fontsize=10)
+    figure.suptitle("mean attention by offset from the query "
+                    f"(middle of a tile; ±{side // 2} patches)", fontsize=10)
     return figure
 
 
@@ -582,7 +584,7 @@ def curriculum(lines: list[Line], path: Path) -> dict[str, dict[str, list[float]
     handles, labels = axes[0].get_legend_handles_labels()
     axes[-1].axis("off")
     axes[-1].legend(handles, labels, loc="center")
-    shaded = " (shaded: its stages)" if len(lines[0].run.spans) > 1 else ""
+    shaded = f" (shaded: stages of {lines[0].label})" if len(lines[0].run.spans) > 1 else ""
     figure.suptitle(f"The curriculum, epoch by epoch{shaded}", fontsize=12)
     draw(figure, path, lines[0].run)
     return drawn
@@ -893,7 +895,8 @@ def visualize(args: argparse.Namespace) -> Path:
     images, truth = run_images(first, args.image, args.data_dir)
     index = choose_images(args.index, len(images), truth)
     names = args.image or [f"test image {number}" for number in index]
-    out = Path(args.output_dir or first.folder / "figures").expanduser()
+    usual = "figures-own" if args.image else "figures"          # these stay beside each other
+    out = Path(args.output_dir or first.folder / usual).expanduser()
     check_writable(out)
     if args.gif:
         snapshots_of(first)                     # says now what it lacks, not after minutes
@@ -942,7 +945,8 @@ def main(argv: list[str] | None = None) -> int:
         "four classes; the first four pictures]")
     add("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="patch [a selective one]")
     add("--data-dir", metavar="DIR", help="where the run's images lie now [where they lay]")
-    add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures]")
+    add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures; of your pictures "
+        "RUN/figures-own]")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures [png]")
     add("--html", action="store_true", help="also explorer.html: where any patch looks")
     add("--gif", action="store_true", help="also locality.gif; needs --snapshot-every")
