@@ -387,11 +387,11 @@ def setting(default, help: str, low=None, high=math.inf, choices=()):
 class Config:
     """Every setting. None: from the data set's row, or as the help says in brackets."""
     dataset: str = setting("shapes", "images to learn from", choices=DATASETS)
-    data_dir: str = setting(None, "where images lie or go; folder: DIR/{train,test|val|valid}/CLASS"
-                            "/*.png [data]")
-    train_size: int = setting(None, "use only so many training images, class-balanced", 2)
-    holdout: int = setting(None, "test on so many training images, left out: to choose settings", 2)
-    data_seed: int = setting(0, "of shapes, both subsets and the teacher: what runs share", 0, 1e9)
+    data_dir: str = setting(None, "where images are, or are downloaded to; folder: "
+                            "DIR/{train,test|val|valid}/CLASS/*.png [data]")
+    train_size: int = setting(None, "number of training images to use, class-balanced", 2)
+    holdout: int = setting(None, "number of training images to test on instead, to choose by", 2)
+    data_seed: int = setting(0, "seed of what runs share: shapes, subsets and teacher", 0, 1e9)
     image_size: int = setting(None, "side of the square images, pixels", 16, 1024)
     patch_size: int = setting(None, "side of a patch, pixels", 1)
     crop: str = setting(None, "pad: shifts by up to 1/8 (ours), resized: random area and aspect "
@@ -423,7 +423,7 @@ class Config:
     lr: float = setting(None, "peak [1e-3: paper; vit_micro 2e-3: ablation; teacher 0.1]", 1e-6)
     warmup: float = setting(0.1, "share of a stage in which the rate rises (paper: 0.05)", 0, 1)
     weight_decay: float = setting(0.05, "(paper) not of biases, norms, positions (ours)", 0)
-    seed: int = setting(0, "of the student, the order of images and the crops", 0, 1e9)
+    seed: int = setting(0, "seed of the student, the order of images, the views", 0, 1e9)
     seeds: tuple = setting(None, "repeat with each of these; mean and standard deviation", 0)
     output_dir: str = setting("runs", "where runs are kept")
     run_name: str = setting(None, "folder of the run [made from the settings given]")

@@ -2284,6 +2284,17 @@ def test_the_curves_are_metrics_csv(loaded, runs, tmp_path):
             assert values[method] == [float(row[name]) for row in read_metrics(folder)]
 
 
+def test_the_bars_are_the_last_accuracies_of_the_runs_and_their_teacher(loaded, runs):
+    axes = matplotlib.figure.Figure().subplots()
+    va.bars(axes, va.lines_of(loaded))
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["cikd", "scratch", "(CNN)"]
+    folders = [runs["cikd"], runs["scratch"], teacher_of(runs["cikd"]).parent]
+    want = [float(read_metrics(folder)[-1]["accuracy"]) for folder in folders]
+    assert [bar.get_width() for bar in axes.patches] == want
+    brought_along = replace(loaded[0].cfg, teacher_checkpoint="mine.pt")
+    assert va.teacher_accuracy(runs["cikd"], brought_along, read_facts(runs["cikd"])) is None
+
+
 def test_runs_of_one_method_are_told_apart(loaded):
     entries = entries_of([loaded[0]] * 3)
     assert len({entry.label for entry in entries}) == 5     # three stages, two other runs

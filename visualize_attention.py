@@ -84,6 +84,7 @@ class Run(NamedTuple):
     classes: list[str]
     moments: list[Moment]                       # in the order of training
     teacher: cikd.ResNetTeacher | None
+    teacher_accuracy: float | None              # percent, where its training lies beside the run
     rows: list[dict]                            # of metrics.csv
     spans: list[Span]                           # one, or two if the stage was switched
     images_hash: str
@@ -141,6 +142,16 @@ def load_teacher(folder: Path, cfg: cikd.Config, facts: dict) -> cikd.ResNetTeac
     return teacher
 
 
+def teacher_accuracy(folder: Path, cfg: cikd.Config, facts: dict) -> float | None:
+    """Of the teacher, after its own training; unknown of one that was brought along."""
+    if not facts["teacher_file"]:
+        return None
+    metrics = (folder.parent / facts["teacher_file"]).with_name("metrics.csv")
+    if cfg.teacher_checkpoint or not metrics.exists():
+        return None
+    return float(cikd.read_rows(metrics, cfg.teacher_epochs)[-1]["accuracy"])
+
+
 def load_run(folder: str | Path) -> Run:
     """A finished run's models, rebuilt from its settings. Raises CIKDError, OSError."""
     folder = Path(folder).expanduser().absolute()
@@ -157,6 +168,7 @@ def load_run(folder: str | Path) -> Run:
         classes=classes,
         moments=moments,
         teacher=load_teacher(folder, cfg, facts),
+        teacher_accuracy=teacher_accuracy(folder, cfg, facts),
         rows=rows,
         spans=spans,
         images_hash=facts["images"],
@@ -613,9 +625,9 @@ def scheme(axes) -> None:
     box(4.7, lower, "attention of its\nblocks")
     box(8.2, 1.65, "KL: imitate\nthe maps")
     arrow(2.1, upper, 3.4, upper)
-    arrow(2.1, lower, 3.4, lower)
-    arrow(6.1, 2.3, 7.4, 1.9)
-    arrow(6.1, 1.0, 7.4, 1.4)
+    arrow(2.1, lower, 3.7, lower)
+    arrow(6.0, 2.3, 7.4, 1.9)
+    arrow(5.7, 1.0, 7.4, 1.4)
     stage(10.4, COLORS["after LM"], "Stage 2, LM: learn what to say")
     box(11.6, upper, "CNN teacher\n(frozen)")
     box(14.6, upper, "logits")
@@ -633,14 +645,19 @@ def scheme(axes) -> None:
 
 
 def bars(axes, lines: list[Line]) -> None:
-    """How accurate each run was at its end."""
-    rows = range(len(lines))
+    """How accurate each run was at its end, and the first run's teacher."""
+    labels = [line.label for line in lines]
     accuracies = [line.run.spans[-1].accuracy for line in lines]
     colors = [line.color for line in lines]
+    if lines[0].run.teacher_accuracy:
+        labels.append("(CNN)")
+        accuracies.append(lines[0].run.teacher_accuracy)
+        colors.append(QUIET_COLOR)
+    rows = range(len(labels))
     drawn = axes.barh(rows, accuracies, 0.6, color=colors)
     axes.bar_label(drawn, fmt=" %.1f %%", fontsize=9)
-    axes.set_yticks(rows, [line.label for line in lines])
-    axes.set_ylim(max(2, len(lines)) - 0.5, -0.5)
+    axes.set_yticks(rows, labels)
+    axes.set_ylim(max(2, len(labels)) - 0.5, -0.5)
     axes.set(xlabel="test accuracy after the last epoch (%)", xticks=range(0, 101, 20),
              xlim=(0, 115))                     # room for the number behind the longest bar
 
@@ -944,7 +961,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--index", type=int, nargs="+", metavar="I", help="the images drawn, from 0 [one each of "
         "four classes; the first four pictures]")
     add("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="patch [a selective one]")
-    add("--data-dir", metavar="DIR", help="where the run's images lie now [where they lay]")
+    add("--data-dir", metavar="DIR", help="where the run's images are now [where it read them]")
     add("--output-dir", metavar="DIR", help="where the figures go [RUN/figures; of your pictures "
         "RUN/figures-own]")
     add("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures [png]")
