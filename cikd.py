@@ -112,7 +112,7 @@ def sincos_positions(grid: int, width: int) -> torch.Tensor:
 
 
 STUDENTS = {        # the model's shape; what goes with it, where the user gives no other
-    "vit_tiny": dict(depth=12, width=192, heads=3, teacher="resnet18", lr=1e-3),    # the paper's
+    "vit_tiny": dict(depth=12, width=192, heads=3, teacher="resnet18", lr=1e-3),    # paper's shape
     "vit_micro": dict(depth=6, width=64, heads=4, teacher="resnet20", lr=2e-3),     # for a CPU
 }
 
@@ -308,19 +308,21 @@ def curriculum(method: str, epoch: int, ali_epochs: int) -> Stage:
 
 
 def parse_pairs(pairs: str, student: str) -> list[tuple[int, int]]:
-    """"0:1,last:2" -> [(0, 1), (5, 2)]: blocks of the student, from 0, and layers of the ResNet."""
+    """"0:1,last:2" -> [(0, 1), (5, 2)] for vit_micro, whose last block is 5: blocks of the student,
+    from 0, and layers of the ResNet, from 1."""
     text = pairs.replace("last", str(STUDENTS[student]["depth"] - 1))
     return [(int(block), int(layer)) for block, layer in (p.split(":") for p in text.split(","))]
 
 
 def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epoch) -> tuple:
     """One step's loss and, for the log, its terms [3]: ALI, CE, DKD. `model` is who learns; view:
-    float [B, 3, S, S] in [-1, 1], the same for model and teacher; labels [B], not looked at in ALI;
-    stage_epoch: epochs of this stage before this one, a tensor so that it compiles once."""
+    float [B, 3, S, S] in [-1, 1], for model and teacher, but in stage 1 the model's in other
+    colours; labels [B], not looked at in ALI; stage_epoch: epochs of this stage before this one, a
+    tensor so that it compiles once."""
     pairs = parse_pairs(cfg.pairs, cfg.student) if stage.ali else []
     classify = stage.labels or stage.logits
     if stage.ali or stage.logits:
-        with torch.no_grad():       # without `classify` up to the last layer needed
+        with torch.no_grad():       # where no logits are learned, up to the last layer needed
             teacher_logits, features = teacher.forward_taps(
                 view, [layer for _, layer in pairs], stage.logits)
     if stage.ali and not classify:  # stage 1: in other colours than the teacher
@@ -420,11 +422,12 @@ class Config:
     ramp_epochs: int = setting(5, "epochs of LM in which DKD's weight rises from 0 to 1 (paper)", 0)
     epochs: int = setting(None, "of the student, both stages together (paper: 600)", 1)
     batch_size: int = setting(None, "images per step (paper: 256 in ALI, 512 in LM)", 1)
-    lr: float = setting(None, "peak [1e-3: paper; vit_micro 2e-3: ablation; teacher 0.1]", 1e-6)
+    lr: float = setting(None, "peak [1e-3: paper; vit_micro 2e-3: ablation; teacher 0.1, "
+                        "from ImageNet weights 0.01]", 1e-6)
     warmup: float = setting(0.1, "share of a stage in which the rate rises (paper: 0.05)", 0, 1)
     weight_decay: float = setting(0.05, "(paper) not of biases, norms, positions (ours)", 0)
     seed: int = setting(0, "seed of the student, the order of images, the views", 0, 1e9)
-    seeds: tuple = setting(None, "repeat with each of these; mean and standard deviation", 0)
+    seeds: tuple = setting(None, "repeat with each of these; mean and standard deviation", 0, 1e9)
     output_dir: str = setting("runs", "where runs are kept")
     run_name: str = setting(None, "folder of the run [made from the settings given]")
     snapshot_every: int = setting(0, "epochs between copies for --gif, 11 or 0.6 MB each", 0)
@@ -440,7 +443,7 @@ RUN_SETTINGS = ("data_dir", "compare", "seeds", "output_dir", "run_name", "snaps
                 "device", "compile", "overwrite")       # where and how; the others change results
 RESULT_SETTINGS = [f.name for f in fields(Config) if f.name not in RUN_SETTINGS]
 TEACHER_SETTINGS = ["dataset", "data_seed", "image_size", "crop", "teacher", "teacher_epochs",
-                    "pretrained_teacher", "batch_size", "lr", "warmup"]     # and the teacher
+                    "pretrained_teacher", "batch_size", "lr", "warmup"]     # of these, a teacher's
 AS_BEFORE = dict(augment="none")        # settings that runs of earlier versions did not store
 
 
@@ -574,7 +577,7 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.
     def uniform(low, high, *shape):
         return torch.rand(n, *shape, generator=rng) * (high - low) + low
 
-    def polygon(k):      # radius of a regular k-gon in direction phi, 1 at its corners
+    def polygon(k, phi):    # radius of a regular k-gon in direction phi, 1 at its corners
         return math.cos(math.pi / k) / torch.cos(phi % (2 * math.pi / k) - math.pi / k)
 
     labels = torch.arange(n) % len(SHAPES)
@@ -586,7 +589,7 @@ def make_shapes(n: int, seed: int, size: int = 32) -> tuple[torch.Tensor, torch.
     disc = torch.ones_like(phi)
     star = 1.1 - 0.6 * (2 * (phi * 5 / (2 * math.pi) % 1) - 1).abs()
     flower = 0.65 + 0.35 * torch.cos(4 * phi)
-    forms = torch.stack([disc, polygon(3) * 1.2, polygon(4) * 1.1, star, flower])
+    forms = torch.stack([disc, polygon(3, phi) * 1.2, polygon(4, phi) * 1.1, star, flower])
     radius = uniform(0.3, 0.42, 1, 1)
     outline = forms[labels % len(FORMS), torch.arange(n)] * radius * size   # [n, S, S]
     mask = (outline - rho + 0.5).clamp(0, 1)                # 1 inside, one soft pixel at the edge
@@ -803,18 +806,18 @@ def choose(cfg: Config, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
     n = len(labels)
     K = len(source.classes)
     held = cfg.holdout or 0
-    size = cfg.train_size or n - held
-    if size == n and not held:
+    count = cfg.train_size or max(n - held, 0)
+    if count == n and not held:
         return torch.arange(n), torch.arange(0)
-    need(0 < size <= n - held, f"--train-size, --holdout: {n} images cannot give {size} to train on"
-         f" and {held} to hold out")
+    need(0 < count <= n - held, f"--train-size, --holdout: {n} images cannot give {count} to train "
+         f"on and {held} to hold out")
     order = balanced_order(labels, cfg.data_seed)
     last_place = [int((labels[order] == k).nonzero()[-1]) for k in range(K)]    # of each class
     most = min(last_place)
     rare = last_place.index(most)
     need(held <= most, f"--holdout: {source.classes[rare]} has {int((labels == rare).sum())} "
          f"images, and one must be left to train on; hold out {most} at most")
-    parts = {"--train-size": order[held:held + size], "--holdout": order[:held]}
+    parts = {"--train-size": order[held:held + count], "--holdout": order[:held]}
     for name, part in parts.items():
         need(len(part) == 0 or len(labels[part].unique()) == K,
              f"{name}: {len(part)} images cannot hold all {K} classes")
@@ -889,15 +892,15 @@ def batches(data: Data, cfg: Config, strong: bool = False):
     Order and crops are drawn at once, on the CPU, alike in all; `strong` views as they come. A last
     partial batch is dropped unless it is the only one: all steps have one shape."""
     images, labels = data.train
-    size = min(cfg.batch_size, len(labels))
-    order = torch.randperm(len(labels))[: len(labels) // size * size].to(images.device)
+    batch = min(cfg.batch_size, len(labels))
+    order = torch.randperm(len(labels))[: len(labels) // batch * batch].to(images.device)
     crops = None
     if cfg.crop != "none":
         crops = draw_crops(len(order), cfg.image_size, cfg.crop).to(images.device)
     if RANK:                                    # draws its own views, colours, depths from here on
         torch.manual_seed(torch.initial_seed() + RANK)
     share = torch.arange(RANK, len(order), WORLD, device=images.device)
-    for mine in share.split(size // WORLD):
+    for mine in share.split(batch // WORLD):
         view = images[order[mine]]
         if strong:
             view = strong_views(view)
@@ -964,16 +967,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> dict:
     return content
 
 
+AGAIN = "start again with --overwrite; if it is a teacher's, delete its folder"
+
+
 def read_rows(path: Path, epochs: int) -> list[dict]:
     """The rows of a finished run's metrics.csv, one for each epoch. Raises CIKDError where it is
     cut, OSError."""
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = list(csv.DictReader(text.splitlines()))
     whole = text.endswith("\n") and all(None not in (*row, *row.values()) for row in rows)
-    need(rows and whole and "accuracy" in rows[0],
-         f"{path}: is empty or cut; start the run again with --overwrite")
-    need(len(rows) == epochs, f"{path}: has {len(rows)} of {epochs} epochs; start the run again "
-         "with --overwrite")
+    need(rows and whole and "accuracy" in rows[0], f"{path}: is empty or cut; {AGAIN}")
+    need(len(rows) == epochs, f"{path}: has {len(rows)} of {epochs} epochs; {AGAIN}")
     return rows
 
 
@@ -984,7 +988,7 @@ def read_facts(folder: Path) -> dict:
     try:
         return AS_BEFORE | json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError):
-        raise CIKDError(f"{path}: is empty or cut; start the run again with --overwrite") from None
+        raise CIKDError(f"{path}: is empty or cut; {AGAIN}") from None
 
 
 def seed_torch(*parts) -> None:
@@ -1201,8 +1205,8 @@ def go_on(path: Path, model, optimizer) -> list[dict]:
         optimizer.load_state_dict(last["optimizer"])
         return last["rows"]
     except (CIKDError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise CIKDError(f"{path}: nothing to go on from ({one_line(error)[:150]}); start again "
-                        "with --overwrite") from None
+        raise CIKDError(f"{path}: nothing to go on from ({one_line(error)[:150]}); {AGAIN}"
+                        ) from None
 
 
 def build_student(cfg: Config, num_classes: int) -> VisionTransformer:
@@ -1270,11 +1274,11 @@ def teacher_command(cfg: Config) -> str:
 def get_teacher(cfg: Config, data: Data, path: Path) -> ResNetTeacher:
     """The frozen teacher at `path`: the user's own, one trained before, or trained now. CIKDError,
     by torchrun also where it is missing."""
-    if WORLD > 1:
-        need(path.exists(), "torchrun shares the training of a student; train its teacher first: "
-             f"{teacher_command(cfg)}")
-    elif not cfg.teacher_checkpoint:
-        train(teacher_config(cfg), data)        # or report the one that is there
+    if not cfg.teacher_checkpoint:
+        need(WORLD == 1 or path.exists(), "torchrun shares the training of a student; train its "
+             f"teacher first: {teacher_command(cfg)}")
+        if WORLD == 1:
+            train(teacher_config(cfg), data)    # or report the one that is there
     teacher = build_teacher(cfg, len(data.classes), data.train[0].device)
     load(path, teacher)
     if cfg.teacher_checkpoint:
@@ -1292,7 +1296,7 @@ def refuse_changes(final: Path, facts: dict) -> None:
     """A run goes on with what it was begun with. Raises CIKDError that names what changed."""
     folder = final.parent
     if not (folder / "settings.json").exists():
-        need(not final.exists(), f"{folder}: has no settings.json; start again with --overwrite")
+        need(not final.exists(), f"{folder}: has no settings.json; {AGAIN}")
         return
     stored = read_facts(folder)
     changed = [f"{name} {stored.get(name)} -> {value}" for name, value in facts.items()
@@ -1314,8 +1318,12 @@ def open_run(cfg: Config, final: Path, facts: dict, teacher_file: Path | None) -
         facts = facts | dict(teacher_hash=hash_of(teacher_file.read_bytes()))
     refuse_changes(final, facts)
     if not (folder / "settings.json").exists():
-        relative = teacher_file and os.path.relpath(teacher_file, folder.parent)
-        where = dict(data_dir=cfg.data_dir, teacher_file=relative, torch=torch.__version__,
+        place = None
+        if teacher_file:                        # one trained here moves with the run
+            place = os.path.relpath(teacher_file, folder.parent)
+        if cfg.teacher_checkpoint:
+            place = os.path.abspath(teacher_file)
+        where = dict(data_dir=cfg.data_dir, teacher_file=place, torch=torch.__version__,
                      device=cfg.device)
         save(folder / "settings.json", facts | where)
 
@@ -1334,8 +1342,10 @@ def warn_if_slow(cfg: Config, n: int) -> None:
     tokens = (cfg.image_size // cfg.patch_size) ** 2 + 1
     days = 6 * weights * tokens * n * cfg.epochs / 30e9 / 86400
     if cfg.device == "cpu" and cfg.method != "teacher" and days > 1:
+        fewer = "--train-size 5000 " if n > 5000 else ""
         print(f"settings for a GPU: on a CPU they take about {days:.0f} days. The README's for a "
-              "CPU: --train-size 5000 --student vit_micro --epochs 60 --batch-size 64", flush=True)
+              f"CPU: {fewer}--image-size 32 --patch-size 4 --student vit_micro --epochs 60 "
+              "--batch-size 64", flush=True)
 
 
 def learn(model, teacher, cfg: Config, data: Data, final: Path) -> None:
@@ -1428,6 +1438,7 @@ def train_many(cfg: Config) -> list[dict]:
     """--compare, --seeds: each method with each seed, in one table. Finished ones stay."""
     data = load_dataset(resolve(cfg))
     seeds = cfg.seeds or [cfg.seed]
+    need(len(set(seeds)) == len(seeds), "--seeds: one of them is given twice")
     methods = [cfg.method]
     if cfg.compare:
         methods = [name for name in METHODS if name != "teacher"]
@@ -1520,13 +1531,15 @@ MENDS = {               # part of what Python or torch says, or of where that co
 
 def run_command(prog: str, body: Callable) -> int:
     """Run body(); what the user can mend becomes one line. Returns the exit code: 0, 2 or 130."""
+    socket.setdefaulttimeout(20)                # seconds until a silent download is given up
     for stream in (sys.stdout, sys.stderr):     # what a terminal cannot show must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         body()
     except KeyboardInterrupt:
-        print("\nstopped; the same command (without --overwrite) goes on", flush=True)
+        goes_on = "; the same command (without --overwrite) goes on" if prog == "cikd" else ""
+        print(f"\nstopped{goes_on}", flush=True)
         return 130
     except (CIKDError, OSError, MemoryError, RuntimeError) as error:
         message = one_line(error)
@@ -1558,7 +1571,6 @@ def main(argv: list[str] | None = None) -> int:
         if WORLD > 1:
             dist.destroy_process_group()
 
-    socket.setdefaulttimeout(20)                # seconds until a silent download is given up
     return run_command("cikd", body)
 
 

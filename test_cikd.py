@@ -620,7 +620,8 @@ def test_teacher_and_student_see_the_same_crop(stage):
 BAD = """--dataset mnist|--dataset  --method dino|--method  --student vit_huge|--student
 --crop five|--crop  --relations kk|--relations  --device tpu|--device  --seed 1.5|--seed
 --seeds 0 -3|--seeds  --train-size 5|10 classes  --train-size 3001|3000 images
---train-size 3000 --holdout 500|--holdout  --holdout 3000|--holdout
+--train-size 3000 --holdout 500|--holdout  --holdout 5000|give 0 to train on and 5000
+--seeds 0 0|given twice  --seeds 0 5000000000|--seeds: 5000000000
 --image-size 30|evenly  --patch-size 32|2 x 2  --jitter -0.1|--jitter
 --heads 5|does not divide  --heads 32|channels  --pairs 0:1,|--pairs  --drop-path 1|--drop-path
 --teacher-epochs 0|--teacher-epochs  --ali-epochs 20|LM comes after  --epochs 1|LM comes after
@@ -740,11 +741,13 @@ def test_help_has_groups(capsys):
 
 
 @pytest.mark.parametrize("given,n,slow", [
-    (dict(), 50000, True), (dict(method="teacher"), 50000, False), (dict(epochs=2), 5000, False),
-    (dict(student="vit_micro", epochs=60), 5000, False)])
+    (dict(), 50000, True), (dict(epochs=3000), 3000, True), (dict(method="teacher"), 50000, False),
+    (dict(epochs=2), 5000, False), (dict(student="vit_micro", epochs=60), 5000, False)])
 def test_a_training_of_days_is_announced(given, n, slow, capsys):
     cikd.warn_if_slow(cikd.resolve(cikd.Config(dataset="cifar10", device="cpu", **given)), n)
-    assert ("settings for a GPU" in capsys.readouterr().out) == slow
+    said = capsys.readouterr().out
+    assert ("settings for a GPU" in said) == slow
+    assert ("--train-size 5000" in said) == (slow and n > 5000)
 
 
 # ---- 7. data
@@ -1730,6 +1733,7 @@ def test_by_torchrun_an_error_is_one_line_and_ends_all(tmp_path):
 
 @pytest.mark.parametrize("argv, says", [
     ("--compare", "run --compare, --seeds"), ("--method teacher", "by python"),
+    ("--teacher-checkpoint missing.pt", "missing.pt: cannot be read"),
     ("--batch-size 33", "cannot share 33"), ("--train-size 61 --batch-size 64", "cannot share 61")])
 def test_what_processes_cannot_share_is_said_first(argv, says, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cikd, "WORLD", 2)
@@ -1839,7 +1843,10 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(tiny, monkeypatch):
 def test_an_own_teacher_serves_as_the_trained_one(finished, tiny, tmp_path):
     shutil.copy(teacher_of(finished), tmp_path / "mine.pt")
     own = replace(tiny, teacher_checkpoint=str(tmp_path / "mine.pt"), run_name="own")
-    assert equal(weights_of(finished), weights_of(cikd.train(own)["folder"]))
+    run = cikd.train(own)["folder"]
+    assert equal(weights_of(finished), weights_of(run))
+    assert teacher_of(run) == tmp_path / "mine.pt"
+    assert read_facts(run)["teacher_file"] == str(tmp_path / "mine.pt")     # wherever runs/ goes
 
 
 class Evil:
@@ -2333,6 +2340,20 @@ def test_the_explorer_holds_the_maps_and_distances_of_the_models(loaded, figures
     assert torch.equal(cikd.to_rgb(picture, 32), images[2])
 
 
+def test_the_explorer_has_every_pair_and_begins_with_the_patch_asked_for(loaded):
+    run = loaded[0]._replace(pairs=[(0, 1), (0, 2)])
+    images = random_images(1)
+    panels = va.explorer_panels(run, [], images)
+    data = va.explorer_data(run, panels, images, ["a"], query=5)
+    assert data["shape"][1] == 2 and data["query"] == 5
+    floats = cikd.to_float(images)
+    for number, layer in enumerate((1, 2)):
+        assert torch.equal(panels[0].maps[:, number], va.surrogate_maps(run, floats, layer))
+    page = va.explorer_page(run, panels, data)
+    assert "<option>0, beside layer1<option>0, beside layer2" in page
+    assert va.patch_or_usual(None, 8) == 4 * 8 + 2 and va.patch_or_usual(None, 7) == 3 * 7 + 1
+
+
 LOGITS = {"cikd": "3.0272 -.86584 1.2145 -.51038 -.10718 -1.2229 -.39582 -1.3515 -.01182 -1.1812",
           "scratch": "3.6865 -.7617 1.3752 -.76905 -1.1845 -1.6467 -1.0436 -1.1973 .2081 -1.0072"}
 
@@ -2379,6 +2400,11 @@ def test_own_pictures_are_classified_and_the_first_four_drawn(copied, photos, tm
     assert len(data["images"]) == 4 and not (copied / "figures").exists()
 
 
+def test_only_a_training_goes_on_after_ctrl_c(capsys):
+    assert cikd.run_command("visualize_attention", raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().out == "\nstopped\n"
+
+
 def test_who_imports_the_visualizer_keeps_the_backend(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "svg")
     runpy.run_path(va.__file__, run_name="imported")
@@ -2418,7 +2444,8 @@ def test_long_class_names_are_shortened_and_no_name_is_a_formula(loaded, tmp_pat
 
 @pytest.mark.parametrize("argv,says", [
     ("--index 99", "--index"), ("--query 8 0", "--query"), ("--colour red", "--colour"),
-    ("--image nowhere.png", "nowhere.png"), ("--image .", "before --image")])
+    ("--image nowhere.png", "nowhere.png"), ("--image a.png --data-dir b", "contradicts --image"),
+    ("--image .", "before --image")])
 def test_visualizer_refuses_what_cannot_be(argv, says, copied, capsys):
     assert says in visualizer_fails(capsys, copied, *argv.split())
 

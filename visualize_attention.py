@@ -219,7 +219,7 @@ def attention_kernels(maps: torch.Tensor) -> torch.Tensor:
     return total / (counts[:, None] * counts)
 
 
-def summary(images: torch.Tensor, maps_of) -> dict[str, torch.Tensor]:
+def measure_maps(images: torch.Tensor, maps_of) -> dict[str, torch.Tensor]:
     """Means over images of maps_of(images) -> maps [n, H, N, N] block by block: distance (patches)
     [blocks, H] and kernels [blocks, H, 2g-1, 2g-1]. Only one block's maps are held at a time."""
     distance = 0
@@ -308,7 +308,7 @@ class Measured(NamedTuple):
 def measure_students(entries: list[Entry], images: torch.Tensor) -> list[Measured]:
     table = []
     for entry in entries:
-        found = summary(images, partial(cikd.student_maps, entry.moment.student))
+        found = measure_maps(images, partial(cikd.student_maps, entry.moment.student))
         span = entry.moment.span
         accuracy = span.accuracy if span else None
         table.append(Measured(entry.label, entry.color, accuracy, **found))
@@ -318,7 +318,7 @@ def measure_students(entries: list[Entry], images: torch.Tensor) -> list[Measure
 def measure_surrogates(run: Run, images: torch.Tensor) -> list[Measured]:
     """What the teacher shows at each layer that the student imitates; without one, nothing."""
     def measure(layer):
-        found = summary(images, lambda floats: [surrogate_maps(run, floats, layer)])
+        found = measure_maps(images, lambda floats: [surrogate_maps(run, floats, layer)])
         return Measured(f"surrogate, layer{layer}", "black", None, **found)
 
     layers = sorted({layer for _, layer in run.pairs}) if run.teacher else []
@@ -348,9 +348,9 @@ class Looks(NamedTuple):
     columns: list[Column]       # of the surrogate and of students
 
 
-def usual_patch(grid: int) -> int:
-    """A patch to begin with, on the middle row, left of the middle."""
-    return grid * grid // 2 + grid // 4
+def patch_or_usual(query: int | None, grid: int) -> int:
+    """The patch asked for; else one on the middle row, left of the middle."""
+    return grid // 2 * grid + grid // 4 if query is None else query
 
 
 def selective_patches(maps: torch.Tensor) -> torch.Tensor:
@@ -371,7 +371,7 @@ def looks(run: Run, entries: list[Entry], images: torch.Tensor, query: int | Non
     block, layer = max(run.pairs)
     floats = cikd.to_float(images)
     every = torch.arange(len(images))
-    queries = torch.full_like(every, usual_patch(run.grid) if query is None else query)
+    queries = torch.full_like(every, patch_or_usual(query, run.grid))
     columns = []
     if run.teacher:
         maps = surrogate_maps(run, floats, layer).mean(1)       # [n, N, N]
@@ -414,7 +414,7 @@ def bytes_of(write, *args, **kwargs) -> bytes:
     return memory.getvalue()
 
 
-def facts_of(run: Run) -> str:
+def small_print(run: Run) -> str:
     """What a figure is of."""
     cfg = run.cfg
     data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
@@ -425,7 +425,7 @@ def facts_of(run: Run) -> str:
 @our_settings()
 def draw(figure: Figure, path: Path, run: Run) -> None:
     """Write it as path's ending says, with a line of small print. Raises CIKDError."""
-    figure.supxlabel(facts_of(run), x=0.99, ha="right", fontsize=7.5, color=QUIET_COLOR)
+    figure.supxlabel(small_print(run), x=0.99, ha="right", fontsize=7.5, color=QUIET_COLOR)
     cikd.save(path, bytes_of(figure.savefig, format=path.suffix[1:]))
 
 
@@ -701,7 +701,7 @@ def locality_gif(run: Run, images: torch.Tensor, path: Path) -> dict[int, torch.
     for epoch, file in snapshots_of(run).items():
         cikd.load(file, student)
         stage = run.rows[epoch - 1]["stage"] if epoch else "before training"
-        found[epoch] = summary(images, partial(cikd.student_maps, student))["kernels"]
+        found[epoch] = measure_maps(images, partial(cikd.student_maps, student))["kernels"]
         figure = kernels({f"epoch {epoch}: {stage}": found[epoch]})
         frame = Image.open(io.BytesIO(bytes_of(figure.savefig, dpi=80)))
         frames.append(frame.convert("RGB"))
@@ -774,20 +774,19 @@ class Panel(NamedTuple):
 def explorer_panels(run: Run, entries: list[Entry], images: torch.Tensor) -> list[Panel]:
     """The surrogate and all students, in the blocks that imitate."""
     floats = cikd.to_float(images)
-    layers = dict(run.pairs)                    # block: layer
     panels = []
     if run.teacher:
-        maps = [surrogate_maps(run, floats, layer) for layer in layers.values()]
+        maps = [surrogate_maps(run, floats, layer) for _, layer in run.pairs]
         panels.append(Panel("teacher's surrogate", "#000", torch.stack(maps, 1)))
     for entry in entries:
         every = list(cikd.student_maps(entry.moment.student, floats))
-        maps = [every[block] for block in layers]
+        maps = [every[block] for block, _ in run.pairs]
         panels.append(Panel(entry.label, entry.color, torch.stack(maps, 1)))
     return panels
 
 
-def explorer_data(run: Run, panels: list[Panel], images: torch.Tensor,
-                  captions: list[str]) -> dict:
+def explorer_data(run: Run, panels: list[Panel], images: torch.Tensor, captions: list[str],
+                  query: int | None) -> dict:
     """What the page's program reads. Maps [n, blocks, panels, H, N, N] are 8 bits, each scaled by
     its own maximum; of the n images as many as fit 1 MB, or one."""
     maps = torch.stack([panel.maps for panel in panels], 2)
@@ -801,7 +800,7 @@ def explorer_data(run: Run, panels: list[Panel], images: torch.Tensor,
         pictures.append(base64.b64encode(picture).decode())
     return dict(
         grid=run.grid,
-        query=usual_patch(run.grid),
+        query=patch_or_usual(query, run.grid),
         shape=list(distance.shape),
         captions=captions[:len(maps)],
         images=pictures,
@@ -819,9 +818,9 @@ def explorer_page(run: Run, panels: list[Panel], data: dict) -> str:
     for panel in panels:
         name = html.escape(panel.name)
         figures.append(Template(FIGURE).substitute(COLOR=panel.color, NAME=name))
-    blocks = [f"{block}, beside layer{layer}" for block, layer in dict(run.pairs).items()]
+    blocks = [f"{block}, beside layer{layer}" for block, layer in run.pairs]
     return Template(PAGE).safe_substitute(      # "safe": it leaves JavaScript's own ${...} alone
-        FACTS=html.escape(facts_of(run)),
+        FACTS=html.escape(small_print(run)),
         IMAGES=options(range(1, len(data["images"]) + 1)),
         BLOCKS=options(blocks),
         HEADS=options(range(run.cfg.heads)),
@@ -831,10 +830,10 @@ def explorer_page(run: Run, panels: list[Panel], data: dict) -> str:
 
 
 def explorer(run: Run, entries: list[Entry], images: torch.Tensor, captions: list[str],
-             path: Path) -> None:
+             path: Path, query: int | None = None) -> None:
     """A page that works offline: where each patch looks, in the blocks that imitate."""
     panels = explorer_panels(run, entries, images)
-    data = explorer_data(run, panels, images, captions)
+    data = explorer_data(run, panels, images, captions, query)
     cikd.save(path, explorer_page(run, panels, data).encode())
 
 
@@ -848,8 +847,8 @@ def load_runs(folders: list[str]) -> list[Run]:
         return run.images_hash, run.grid, run.cfg.student, run.cfg.heads
 
     for run in runs:
-        need(must_agree(run) == must_agree(runs[0]), f"{run.folder}: has other images, patches or "
-             f"heads than {runs[0].folder}; show it alone")
+        need(must_agree(run) == must_agree(runs[0]), f"{run.folder}: has other images, patches, "
+             f"student or heads than {runs[0].folder}; show it alone")
     return runs
 
 
@@ -906,6 +905,7 @@ def captions_of(run: Run, chances: torch.Tensor, truth: torch.Tensor | None) -> 
 
 def visualize(args: argparse.Namespace) -> Path:
     """All figures of the runs named. Returns their folder. Raises CIKDError, OSError."""
+    need(not (args.image and args.data_dir), "--data-dir: contradicts --image; give one")
     runs = load_runs(args.runs)
     first = runs[0]
     query = patch_number(args.query, first.grid)
@@ -944,7 +944,7 @@ def visualize(args: argparse.Namespace) -> Path:
     draw(kernels(panels), out / f"kernels.{args.format}", first)
     curriculum(lines, out / f"curriculum.{args.format}")
     if args.html:
-        explorer(first, entries, drawn, captions, out / "explorer.html")
+        explorer(first, entries, drawn, captions, out / "explorer.html", query)
     if args.gif:
         locality_gif(first, images, out / "locality.gif")
     print(f"see {out}")
