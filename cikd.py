@@ -1319,10 +1319,10 @@ def open_run(cfg: Config, final: Path, facts: dict, teacher_file: Path | None) -
     refuse_changes(final, facts)
     if not (folder / "settings.json").exists():
         place = None
-        if teacher_file:                        # one trained here moves with the run
-            place = os.path.relpath(teacher_file, folder.parent)
-        if cfg.teacher_checkpoint:
+        if teacher_file and cfg.teacher_checkpoint:
             place = os.path.abspath(teacher_file)
+        elif teacher_file:                      # one trained here moves with the run
+            place = os.path.relpath(teacher_file, folder.parent)
         where = dict(data_dir=cfg.data_dir, teacher_file=place, torch=torch.__version__,
                      device=cfg.device)
         save(folder / "settings.json", facts | where)
