@@ -2596,7 +2596,7 @@ def measured_cells() -> list[tuple[str, str]]:
 
 
 def rows_of_methods(page: str) -> list[tuple[str, str]]:
-    rows = r"^\| (scratch|kd|joint|cikd)\b[^|]*\|(.*)\|$"
+    rows = r"^\| (scratch|kd|joint|cikd|teacher)\b[^|]*\|(.*)\|$"
     return re.findall(rows, page.replace("**", ""), re.M)
 
 
