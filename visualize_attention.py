@@ -130,11 +130,8 @@ def earlier_moments(folder: Path, last: cikd.VisionTransformer, spans: list[Span
     return moments
 
 
-def load_teacher(folder: Path, cfg: cikd.Config, facts: dict) -> cikd.ResNetTeacher | None:
-    """The teacher that a run learned from, if it had one. Raises CIKDError."""
-    if not facts["teacher_file"]:
-        return None
-    file = folder.parent / facts["teacher_file"]
+def load_teacher(file: Path, folder: Path, cfg: cikd.Config, facts: dict) -> cikd.ResNetTeacher:
+    """The teacher in `file`, from which the run in `folder` learned. Raises CIKDError."""
     teacher = cikd.ResNetTeacher(cfg.teacher, len(facts["classes"]), cfg.image_size).eval()
     cikd.load(file, teacher)
     need(cikd.hash_of(file.read_bytes()) == facts["teacher_hash"],
@@ -142,11 +139,9 @@ def load_teacher(folder: Path, cfg: cikd.Config, facts: dict) -> cikd.ResNetTeac
     return teacher
 
 
-def teacher_accuracy(folder: Path, cfg: cikd.Config, facts: dict) -> float | None:
-    """Of the teacher, after its own training; unknown of one that was brought along."""
-    if not facts["teacher_file"]:
-        return None
-    metrics = (folder.parent / facts["teacher_file"]).with_name("metrics.csv")
+def teacher_accuracy(file: Path, cfg: cikd.Config) -> float | None:
+    """Of the teacher in `file`, after its own training; unknown of one that was brought along."""
+    metrics = file.with_name("metrics.csv")
     if cfg.teacher_checkpoint or not metrics.exists():
         return None
     return float(cikd.read_rows(metrics, cfg.teacher_epochs)[-1]["accuracy"])
@@ -162,13 +157,19 @@ def load_run(folder: str | Path) -> Run:
     end = spans[-1].stage if len(spans) > 1 else cfg.method
     moments = earlier_moments(folder, last, spans)
     moments.append(Moment(f"after {end}", last, spans[-1]))
+    teacher = None
+    accuracy = None
+    if facts["teacher_file"]:
+        file = folder.parent / facts["teacher_file"]
+        teacher = load_teacher(file, folder, cfg, facts)
+        accuracy = teacher_accuracy(file, cfg)
     return Run(
         folder=folder,
         cfg=cfg,
         classes=classes,
         moments=moments,
-        teacher=load_teacher(folder, cfg, facts),
-        teacher_accuracy=teacher_accuracy(folder, cfg, facts),
+        teacher=teacher,
+        teacher_accuracy=accuracy,
         rows=rows,
         spans=spans,
         images_hash=facts["images"],
