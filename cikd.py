@@ -245,8 +245,12 @@ def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torc
     q, k, v = (t[:, :, 1:] for t in qkv)                            # patches only: no CLS in a CNN
     sides = {"qk": (q, k), "vv": (v, v)}
     entropy = -torch.xlogy(target, target).sum(-1).mean()           # KL is cross-entropy minus this
-    return sum(-(target * relation(*sides[name])).sum(-1).mean() - entropy
-               for name in relations.split("+"))
+    loss = 0
+    for name in relations.split("+"):
+        a, b = sides[name]
+        cross_entropy = -(target * relation(a, b)).sum(-1).mean()
+        loss = loss + (cross_entropy - entropy)
+    return loss
 
 
 def color_jitter(images: torch.Tensor, strength: float) -> torch.Tensor:
@@ -264,8 +268,9 @@ def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.
     In log space, so that no gradient overflows: log(1 - p_y) is a logsumexp of the rest."""
     def split(z):   # -> log b [B, 2] = (log p_y, log(1 - p_y)), log r [B, K-1] of the other classes
         z = (z if z.dtype == torch.float64 else z.float()) / temperature
-        column = torch.arange(z.shape[1] - 1, device=z.device)      # from the label's on, one more:
-        other = z.gather(1, column + (column >= labels[:, None]))   # [B, K-1], all but the label's
+        column = torch.arange(z.shape[1] - 1, device=z.device)      # [K-1]: 0, 1, ..., K-2
+        rest = column + (column >= labels[:, None])     # [B, K-1]: all classes but the label
+        other = z.gather(1, rest)                                   # [B, K-1]: their logits
         label = z.gather(1, labels[:, None])[:, 0]                  # [B]
         both = torch.stack([label, other.logsumexp(1)], 1)          # [B, 2]
         return both.log_softmax(1), other.log_softmax(1)
@@ -279,7 +284,7 @@ def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.
 
 # %% 5. Curriculum: which loss in which epoch ------------------------------------------------------
 class Stage(NamedTuple):
-    """What is learned at once: at least one of the three."""
+    """What is learned at once: at least one of ali, labels and logits."""
     name: str
     ali: bool        # imitate the teacher's attention surrogate
     labels: bool     # learn the labels
@@ -311,26 +316,31 @@ def parse_pairs(pairs: str, student: str) -> list[tuple[int, int]]:
     """"0:1,last:2" -> [(0, 1), (5, 2)] for vit_micro, whose last block is 5: blocks of the student,
     from 0, and layers of the ResNet, from 1."""
     text = pairs.replace("last", str(STUDENTS[student]["depth"] - 1))
-    return [(int(block), int(layer)) for block, layer in (p.split(":") for p in text.split(","))]
+    parsed = []
+    for pair in text.split(","):
+        block, layer = pair.split(":")
+        parsed.append((int(block), int(layer)))
+    return parsed
 
 
 def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epoch) -> tuple:
-    """One step's loss and, for the log, its terms [3]: ALI, CE, DKD. `model` is who learns; view:
-    float [B, 3, S, S] in [-1, 1], for model and teacher, but in stage 1 the model's in other
-    colours; labels [B], not looked at in ALI; stage_epoch: epochs of this stage before this one, a
-    tensor so that it compiles once."""
+    """One step's loss and, for the log, its terms [3]: ALI, CE, DKD. `model`: who learns.
+    view: float [B, 3, S, S] in [-1, 1]; teacher and model see the same one, but in stage 1 the
+    model sees it in other colours. labels: [B]; ALI does not look at them. stage_epoch: how many
+    epochs of this stage are over; a tensor, so that step_loss compiles once."""
     pairs = parse_pairs(cfg.pairs, cfg.student) if stage.ali else []
+    blocks = [block for block, _ in pairs]
+    layers = [layer for _, layer in pairs]
+    grid = cfg.image_size // cfg.patch_size
     classify = stage.labels or stage.logits
     if stage.ali or stage.logits:
-        with torch.no_grad():       # where no logits are learned, up to the last layer needed
-            teacher_logits, features = teacher.forward_taps(
-                view, [layer for _, layer in pairs], stage.logits)
+        with torch.no_grad():       # without stage.logits the teacher ends at the last of `layers`
+            teacher_logits, features = teacher.forward_taps(view, layers, stage.logits)
     if stage.ali and not classify:  # stage 1: in other colours than the teacher
         view = color_jitter(view, cfg.jitter)
-    logits, qkv = model.forward_taps(view, [block for block, _ in pairs], classify)
+    logits, qkv = model.forward_taps(view, blocks, classify)
     ali = ce = dkd = view.new_zeros(())                 # what a stage does not learn stays 0
     for block, layer in pairs:
-        grid = cfg.image_size // cfg.patch_size
         target = teacher_attention(features[layer], grid, cfg.heads, cfg.tau)
         ali = ali + ali_loss(qkv[block], target, cfg.relations)
     if stage.labels:
@@ -387,7 +397,8 @@ def setting(default, help: str, low=None, high=math.inf, choices=()):
 
 @dataclass
 class Config:
-    """Every setting. None: from the data set's row, or as the help says in brackets."""
+    """Every setting. None: from the data set's row, or as the help says in brackets; where neither
+    has a value (train_size, seeds, ...), nothing is asked for."""
     dataset: str = setting("shapes", "images to learn from", choices=DATASETS)
     data_dir: str = setting(None, "where images are, or are downloaded to; folder: "
                             "DIR/{train,test|val|valid}/CLASS/*.png [data]")
@@ -452,7 +463,7 @@ def option(name: str) -> str:
 
 
 def resolve(cfg: Config) -> Config:
-    """A checked copy with every None filled in. Raises CIKDError that names the setting."""
+    """A checked copy, filled in by `fill`. Raises CIKDError that names the setting."""
     cfg = replace(cfg)
     check_each(cfg)
     fill(cfg)
@@ -480,7 +491,8 @@ def check_each(cfg: Config) -> None:
 
 
 def fill(cfg: Config) -> None:
-    """Replace every None in `cfg` by what its data set and its student have."""
+    """Replace None in `cfg` by what its data set, student or method has, where one of them has it,
+    and a leading ~ in a path by the home folder."""
     row = DATASETS[cfg.dataset]
     if cfg.epochs and cfg.ali_epochs is None:   # only the total is given: ALI keeps its share of it
         cfg.ali_epochs = max(1, round(cfg.epochs * row["ali_epochs"] / row["epochs"]))
@@ -489,7 +501,7 @@ def fill(cfg: Config) -> None:
         defaults["lr"] = FINE_TUNING_LR if cfg.pretrained_teacher else TEACHER_LR
     if cfg.dataset != "shapes":
         defaults["data_dir"] = "data"
-    for f in fields(cfg):                       # a student's depth and width are no settings
+    for f in fields(cfg):                       # not all of `defaults`: a depth is no setting
         if getattr(cfg, f.name) is None:
             setattr(cfg, f.name, defaults.get(f.name))
     if cfg.method == "teacher":
@@ -536,8 +548,12 @@ def default_name(cfg: Config) -> str:
     data = cfg.dataset
     if data == "folder":
         data = os.path.basename(os.path.abspath(cfg.data_dir or "data")).lstrip(".")
-    given = [f"{name}={getattr(cfg, name)}" for name in RESULT_SETTINGS if name not in
-             ("dataset", "method", "seed") and getattr(cfg, name) != getattr(Config, name)]
+    given = []
+    for setting_name in RESULT_SETTINGS:
+        value = getattr(cfg, setting_name)
+        named_anyway = setting_name in ("dataset", "method", "seed")
+        if value != getattr(Config, setting_name) and not named_anyway:
+            given.append(f"{setting_name}={value}")
     name = "-".join([data, cfg.method, *given, f"seed{cfg.seed}"])
     if len(name) > 150:
         name = f"{name[:60]}-{hash_of(os.fsencode(name))[:8]}"
@@ -794,8 +810,9 @@ def published_source(cfg: Config, test: bool) -> Source:
 def balanced_order(labels: torch.Tensor, seed: int) -> torch.Tensor:
     """A seeded order [n] of all images, each prefix as class-balanced as the data allow."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    drawn = labels[order][:, None]                                          # [n, 1]
-    rank = F.one_hot(drawn[:, 0]).cumsum(0).gather(1, drawn)[:, 0]          # in its class, from 1
+    drawn = labels[order]                                   # [n]
+    so_far = F.one_hot(drawn).cumsum(0)                     # [n, K], how many of each class
+    rank = so_far.gather(1, drawn[:, None])[:, 0]           # [n], in its class, from 1
     return order[rank.argsort(stable=True)]
 
 
@@ -817,11 +834,12 @@ def choose(cfg: Config, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
     rare = last_place.index(most)
     need(held <= most, f"--holdout: {source.classes[rare]} has {int((labels == rare).sum())} "
          f"images, and one must be left to train on; hold out {most} at most")
-    parts = {"--train-size": order[held:held + count], "--holdout": order[:held]}
-    for name, part in parts.items():
+    kept = order[held:held + count]
+    held_out = order[:held]
+    for name, part in (("--train-size", kept), ("--holdout", held_out)):
         need(len(part) == 0 or len(labels[part].unique()) == K,
              f"{name}: {len(part)} images cannot hold all {K} classes")
-    return tuple(parts.values())
+    return kept, held_out
 
 
 def load_dataset(cfg: Config) -> Data:
@@ -901,10 +919,12 @@ def batches(data: Data, cfg: Config, strong: bool = False):
         torch.manual_seed(torch.initial_seed() + RANK)
     share = torch.arange(RANK, len(order), WORLD, device=images.device)
     for mine in share.split(batch // WORLD):
-        view = images[order[mine]]
+        chosen = order[mine]
+        view = images[chosen]
         if strong:
             view = strong_views(view)
-        yield to_float(view, crops if crops is None else crops[mine]), labels[order[mine]]
+        crop = None if crops is None else crops[mine]
+        yield to_float(view, crop), labels[chosen]
 
 
 # %% 8. Training: teacher and student take the same path -------------------------------------------
@@ -943,11 +963,14 @@ def save(path: Path, content, unless: Path | None = None) -> None:
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> dict:
-    """Tensors and plain values; with `model`, a state dict that must fit it exactly. CIKDError."""
-    try:                                        # weights_only: no pickle that would run code
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    """What a file holds: tensors and plain values. With `model`: a state dict, which must fit it
+    exactly and is loaded into it. Raises CIKDError."""
+    try:
+        file = io.BytesIO(Path(path).read_bytes())
+    except OSError as error:
         raise CIKDError(f"{path}: cannot be read ({one_line(error)})") from None
+    try:                                        # weights_only: no pickle that would run code
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CIKDError(f"{path}: not a checkpoint of plain tensors; if it holds a whole model, "
                         "save its state_dict() instead") from None
@@ -975,7 +998,9 @@ def read_rows(path: Path, epochs: int) -> list[dict]:
     cut, OSError."""
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = list(csv.DictReader(text.splitlines()))
-    whole = text.endswith("\n") and all(None not in (*row, *row.values()) for row in rows)
+    # DictReader gives a row that is too short None as a value, one that is too long None as a key.
+    odd = any(None in row or None in row.values() for row in rows)
+    whole = text.endswith("\n") and not odd
     need(rows and whole and "accuracy" in rows[0], f"{path}: is empty or cut; {AGAIN}")
     need(len(rows) == epochs, f"{path}: has {len(rows)} of {epochs} epochs; {AGAIN}")
     return rows
@@ -1041,11 +1066,16 @@ def worst_classes(model: nn.Module, data: Data, batch_size: int) -> str:
     return f"worst classes: {', '.join(said) or 'none'}{rough}"
 
 
-def attention_distance(maps: torch.Tensor) -> torch.Tensor:
-    """Mean distance from query to key in patches (Raghu 2021): maps [..., N, N] -> [...]."""
+def distance_by_query(maps: torch.Tensor) -> torch.Tensor:
+    """How far each query looks on average, in patches: maps [..., N, N] -> [..., N]."""
     grid = math.isqrt(maps.shape[-1])
     place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).to(maps)       # [N, 2]
-    return (maps * torch.cdist(place, place)).sum(-1).mean(-1)
+    return (maps * torch.cdist(place, place)).sum(-1)
+
+
+def attention_distance(maps: torch.Tensor) -> torch.Tensor:
+    """Mean distance from query to key in patches (Raghu 2021): maps [..., N, N] -> [...]."""
+    return distance_by_query(maps).mean(-1)
 
 
 @torch.no_grad()
@@ -1164,9 +1194,9 @@ def fit(model, teacher, cfg: Config, data: Data, final: Path) -> None:
     if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
         loss_fn = torch.compile(step_loss, dynamic=False)
     plan = [curriculum(cfg.method, epoch, cfg.ali_epochs) for epoch in range(cfg.epochs)]
-    optimizer = make_optimizer(model, cfg)      # for go_on; each stage has one of its own
     rows = []
     if (folder / "last.pt").exists():
+        optimizer = make_optimizer(model, cfg)
         rows = go_on(folder / "last.pt", model, optimizer)
         print(f"going on after epoch {len(rows)} of {cfg.epochs}", flush=True)
     for epoch in range(len(rows), cfg.epochs):
@@ -1348,8 +1378,8 @@ def warn_if_slow(cfg: Config, n: int) -> None:
               "--batch-size 64", flush=True)
 
 
-def learn(model, teacher, cfg: Config, data: Data, final: Path) -> None:
-    """Begin a run, or go on with it, in a folder that is ready."""
+def begin_run(model, cfg: Config, data: Data, final: Path) -> None:
+    """Say what a run learns from, and keep the model as it is before its first epoch."""
     folder = final.parent
     n = len(data.train[1])
     few = ""
@@ -1359,9 +1389,6 @@ def learn(model, teacher, cfg: Config, data: Data, final: Path) -> None:
            f"{data.train[0].device}{few}")
     if not (folder / "last.pt").exists():
         save(folder / f"{final.stem}_init.pt", model.state_dict())
-    if RANK == 0:
-        barrier()                               # now the others find all this and follow
-    fit(model, teacher, cfg, data, final)
 
 
 def report(cfg: Config, final: Path) -> dict:
@@ -1414,9 +1441,12 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     open_run(cfg, final, facts, teacher_file)
     if not finished:
         seed_torch(cfg.seed, final.stem)
-        learn(build_model(cfg, data), teacher, cfg, data, final)
-    elif RANK == 0:
-        barrier()
+        model = build_model(cfg, data)
+        begin_run(model, cfg, data, final)
+    if RANK == 0:
+        barrier()                               # now the others find all this and follow
+    if not finished:
+        fit(model, teacher, cfg, data, final)
     barrier()                                   # until the first process has written all
     return report(cfg, final)
 

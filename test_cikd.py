@@ -1863,6 +1863,7 @@ def test_an_own_teacher_that_does_not_fit_is_refused(finished, tmp_path, capsys,
         assert says in fails(capsys, *args, tmp_path / "other.pt")
     (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:5000])
     assert "cut.pt: not a checkpoint" in fails(capsys, *args, tmp_path / "cut.pt")
+    assert "xxx.pt: cannot be read" in fails(capsys, *args, f"{'x' * 300}.pt")    # no file's name
     assert not (tmp_path / "r").exists() and not (tmp_path / "owned").exists()
 
 
@@ -2271,11 +2272,16 @@ def test_without_a_query_the_most_selective_inner_patch_is_shown(loaded):
     assert va.selective_patches(maps).tolist() == [3]
 
 
-def test_the_curves_are_metrics_csv(loaded, runs, tmp_path):
-    drawn = va.curriculum(va.lines_of(loaded), tmp_path / "x.png")
-    for method, folder in runs.items():
-        for name, values in drawn.items():
-            assert values[method] == [float(row[name]) for row in read_metrics(folder)]
+def test_the_curves_are_metrics_csv_without_what_a_stage_does_not_learn(loaded, runs):
+    for name in ("ali", "ce", "dkd", "accuracy", "attention_distance"):
+        axes = matplotlib.figure.Figure().subplots()
+        va.curves(axes, va.lines_of(loaded), name)
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        for method, folder in runs.items():
+            values = [float(row[name]) for row in read_metrics(folder)]
+            points = [[epoch, value] for epoch, value in enumerate(values, 1)]
+            learned = [point for point in points if point[1] or name == "accuracy"]
+            assert drawn[method] == learned
 
 
 def test_the_bars_are_the_last_accuracies_of_the_runs_and_their_teacher(loaded, runs):

@@ -55,7 +55,8 @@ COLORS = {                              # Okabe, Ito: told apart by colour-blind
     "kd": "#009E73",
     "scratch": "#D55E00",
 }
-SPARE_COLORS = ("#882255", "#44AA99", "#56B4E9", "#000000", "#F0E442")  # other methods; Okabe; Tol
+# For a second run of one method, and for methods that a reader adds (Tol; Okabe and Ito).
+SPARE_COLORS = ("#882255", "#44AA99", "#56B4E9", "#000000", "#F0E442")
 FRAME_COLOR = "#56B4E9"
 QUIET_COLOR = "#555555"
 DRAWN = 4                               # images in a figure
@@ -112,12 +113,13 @@ def spans_of(rows: list[dict]) -> list[Span]:
     return spans
 
 
-def earlier_moments(folder: Path, last: cikd.VisionTransformer, spans: list[Span]) -> list[Moment]:
+def earlier_moments(folder: Path, student: cikd.VisionTransformer,
+                    spans: list[Span]) -> list[Moment]:
     """The student before training and at each switch of stage, where the file was kept."""
     def moment(label, file, span):
-        student = deepcopy(last)
-        cikd.load(file, student)
-        return Moment(label, student, span)
+        earlier = deepcopy(student)
+        cikd.load(file, earlier)
+        return Moment(label, earlier, span)
 
     moments = []
     start = folder / "student_init.pt"
@@ -150,13 +152,13 @@ def teacher_accuracy(file: Path, cfg: cikd.Config) -> float | None:
 def load_run(folder: str | Path) -> Run:
     """A finished run's models, rebuilt from its settings. Raises CIKDError, OSError."""
     folder = Path(folder).expanduser().absolute()
-    last, classes, cfg = cikd.load_student(folder)
+    student, classes, cfg = cikd.load_student(folder)
     facts = cikd.read_facts(folder)
     rows = cikd.read_rows(folder / "metrics.csv", cfg.epochs)
     spans = spans_of(rows)
     end = spans[-1].stage if len(spans) > 1 else cfg.method
-    moments = earlier_moments(folder, last, spans)
-    moments.append(Moment(f"after {end}", last, spans[-1]))
+    moments = earlier_moments(folder, student, spans)
+    moments.append(Moment(f"after {end}", student, spans[-1]))
     teacher = None
     accuracy = None
     if facts["teacher_file"]:
@@ -344,6 +346,7 @@ class Column(NamedTuple):
 
 class Looks(NamedTuple):
     """Where one patch of each image looks in the last block that imitates, mean of heads."""
+    block: int
     images: torch.Tensor        # uint8 [n, 3, S, S]
     queries: torch.Tensor       # [n], the patches' numbers
     columns: list[Column]       # of the surrogate and of students
@@ -384,7 +387,7 @@ def looks(run: Run, entries: list[Entry], images: torch.Tensor, query: int | Non
         maps = list(cikd.student_maps(entry.moment.student, floats))[block].mean(1)
         shown = maps[every, queries].unflatten(1, (run.grid, run.grid))
         columns.append(Column(entry.label, shown, trained=entry.moment.span is not None))
-    return Looks(images, queries, columns)
+    return Looks(block, images, queries, columns)
 
 
 @torch.no_grad()
@@ -475,7 +478,7 @@ def heatmaps(run: Run, looked: Looks, captions: list[str], path: Path) -> dict[s
                                 va="center", in_layout=False))
     bar = figure.colorbar(ScalarMappable(scale, "magma"), ax=axes, shrink=0.9, extend="max")
     bar.set_label(f"attention, mean of heads\n(uniform: {1 / run.grid ** 2:.3f})", fontsize=9)
-    figure.suptitle(f"Where the framed patch looks: block {max(run.pairs)[0]}", fontsize=13)
+    figure.suptitle(f"Where the framed patch looks: block {looked.block}", fontsize=13)
     # The layout would cut long captions off: their room is measured and kept out of it.
     figure.draw_without_rendering()
     widest = max(text.get_window_extent().width for text in texts)
@@ -533,10 +536,10 @@ def kernels(panels: dict[str, torch.Tensor], figure=None) -> Figure:
     axes[0].set_ylabel("block")
     colors = ScalarMappable(scale, "magma")
     bar = figure.colorbar(colors, ax=list(axes), shrink=0.8, extend="min", format="%g")
-    uniform = 4 / (side + 1) ** 2
-    bar.set_label(f"mean attention, logarithmic\n(uniform: {uniform:.3f})", fontsize=9)
+    grid = (side + 1) // 2
+    bar.set_label(f"mean attention, logarithmic\n(uniform: {1 / grid ** 2:.3f})", fontsize=9)
     figure.suptitle("mean attention by offset from the query "
-                    f"(middle of a tile; ±{side // 2} patches)", fontsize=10)
+                    f"(middle of a tile; ±{grid - 1} patches)", fontsize=10)
     return figure
 
 
@@ -554,9 +557,8 @@ def shade_stages(axes, line: Line) -> None:
                   ha="center", va="top")
 
 
-def curves(axes, lines: list[Line], name: str) -> dict[str, list[float]]:
-    """A column of metrics.csv by epoch, over the first run's stages. Returns {run: values}."""
-    drawn = {}
+def curves(axes, lines: list[Line], name: str) -> None:
+    """A column of metrics.csv by epoch, over the first run's stages."""
     for line in lines:
         values = np.array([float(row[name]) for row in line.run.rows])
         # A loss of exactly 0 is one that this stage does not learn.
@@ -564,7 +566,6 @@ def curves(axes, lines: list[Line], name: str) -> dict[str, list[float]]:
         marker = "o" if len(learned) == 1 else None
         axes.plot(learned + 1, values[learned], color=line.color, linewidth=2, label=line.label,
                   marker=marker)
-        drawn[line.label] = values.tolist()
     longest = max(len(line.run.rows) for line in lines)
     axes.set(xlabel="epoch", xlim=(1, max(2, longest)))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -575,12 +576,11 @@ def curves(axes, lines: list[Line], name: str) -> dict[str, list[float]]:
         axes.axhline(chance, color="black", linestyle=":", linewidth=1)
         axes.text(longest, chance, "chance ", ha="right", va="bottom", fontsize=8)
         axes.set_ylim(0, 1.15 * axes.dataLim.ymax)
-    return drawn
 
 
 @our_settings()
-def curriculum(lines: list[Line], path: Path) -> dict[str, dict[str, list[float]]]:
-    """Loss terms, accuracy and attention distance by epoch. Returns {column: {run: values}}."""
+def curriculum(lines: list[Line], path: Path) -> None:
+    """Loss terms, accuracy and attention distance by epoch."""
     titles = {
         "ali": "ALI, training (nats)",
         "ce": "cross-entropy, training (nats)",
@@ -590,9 +590,8 @@ def curriculum(lines: list[Line], path: Path) -> dict[str, dict[str, list[float]
     }
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
-    drawn = {}
     for place, (name, title) in zip(axes, titles.items()):
-        drawn[name] = curves(place, lines, name)
+        curves(place, lines, name)
         place.set_title(title, fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     axes[-1].axis("off")
@@ -600,7 +599,6 @@ def curriculum(lines: list[Line], path: Path) -> dict[str, dict[str, list[float]
     shaded = f" (shaded: stages of {lines[0].label})" if len(lines[0].run.spans) > 1 else ""
     figure.suptitle(f"The curriculum, epoch by epoch{shaded}", fontsize=12)
     draw(figure, path, lines[0].run)
-    return drawn
 
 
 def scheme(axes) -> None:
@@ -673,7 +671,7 @@ def overview(lines: list[Line], panels: dict[str, torch.Tensor], looked: Looks,
     scheme(top.subplots())
     top.suptitle("CIKD: a CNN teaches a Vision Transformer, from easy to difficult", fontsize=14)
     show(middle, looked, scale_of(looked.columns, 1), 1)
-    middle.suptitle(f"Where the framed patch looks (block {max(run.pairs)[0]})", fontsize=10)
+    middle.suptitle(f"Where the framed patch looks (block {looked.block})", fontsize=10)
     left, right = bottom.subfigures(1, 2, width_ratios=(1.2, 1))
     kernels(panels, left)
     upper, lower = right.subplots(2, 1, height_ratios=(2, 1))
@@ -792,8 +790,7 @@ def explorer_data(run: Run, panels: list[Panel], images: torch.Tensor, captions:
     its own maximum; of the n images as many as fit 1 MB, or one."""
     maps = torch.stack([panel.maps for panel in panels], 2)
     maps = maps[:max(1, 680_000 // maps[0].numel())]            # base64 needs a third more
-    cells = torch.cartesian_prod(torch.arange(run.grid), torch.arange(run.grid)).float()
-    distance = (maps * torch.cdist(cells, cells)).sum(-1)       # [n, blocks, panels, H, N]
+    distance = cikd.distance_by_query(maps)                     # [n, blocks, panels, H, N]
     scaled = (255 * maps / maps.amax(-1, keepdim=True)).round().byte()
     pictures = []
     for image in images[:len(maps)].permute(0, 2, 3, 1).numpy():
