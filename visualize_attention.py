@@ -422,8 +422,12 @@ def small_print(run: Run) -> str:
     """What a figure is of."""
     cfg = run.cfg
     data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
-    teacher = f", teacher {cfg.teacher}" if run.teacher else ""
-    return f"{data}, {cfg.student}{teacher}, {cfg.epochs} epochs, seed {cfg.seed}"
+    student = f"{data}, {cfg.student}, {cfg.epochs} epochs, seed {cfg.seed}"
+    if not run.teacher:
+        return student
+    if cfg.teacher_checkpoint:                  # nobody knows for how long it was trained
+        return f"{student}; teacher {cfg.teacher}"
+    return f"{student}; teacher {cfg.teacher}, {cfg.teacher_epochs} epochs"
 
 
 @our_settings()
