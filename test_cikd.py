@@ -809,13 +809,13 @@ def test_folder_reads_every_kind_of_image(tmp_path):
         assert np.abs(apart).mean() < error, name
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_deep_grey_is_refused(dtype, tmp_path):
-    image = Image.fromarray(np.ones((9, 9), dtype))
+@pytest.mark.parametrize("grey", [np.uint16(4000), np.int32(1), np.float32(0.5)])
+def test_deep_grey_is_refused(grey, tmp_path):
+    image = Image.fromarray(np.full((9, 9), grey))
     with pytest.raises(cikd.CIKDError, match="grey of more than 8 bits; convert it"):
         cikd.prepare(image, 32)
     image.save(make_folder(tmp_path) / "train/cat/deep.tiff")
-    with pytest.raises(cikd.CIKDError, match="deep.tiff: grey of more than 8 bits"):
+    with pytest.raises(cikd.CIKDError, match="deep.tiff: grey of more than 8 bits; convert it"):
         cikd.load_dataset(folder_config(tmp_path))
 
 
@@ -2272,10 +2272,13 @@ def test_without_a_query_the_most_selective_inner_patch_is_shown(loaded):
     assert va.selective_patches(maps).tolist() == [3]
 
 
-def test_the_curves_are_metrics_csv_without_what_a_stage_does_not_learn(loaded, runs):
-    for name in ("ali", "ce", "dkd", "accuracy", "attention_distance"):
-        axes = matplotlib.figure.Figure().subplots()
-        va.curves(axes, va.lines_of(loaded), name)
+def test_the_curves_are_metrics_csv_without_what_a_stage_does_not_learn(loaded, runs, monkeypatch,
+                                                                        tmp_path):
+    figures = []
+    monkeypatch.setattr(va, "draw", lambda figure, *_: figures.append(figure))
+    va.curriculum(va.lines_of(loaded), tmp_path / "x.png")
+    names = ("ali", "ce", "dkd", "accuracy", "attention_distance")
+    for axes, name in zip(figures[0].axes, names):
         drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
         for method, folder in runs.items():
             values = [float(row[name]) for row in read_metrics(folder)]
