@@ -9,9 +9,8 @@ look at neighbouring pixels first. CIKD lets a trained CNN teach it, the easy le
     python cikd.py                             # generated shapes, no download: minutes on two cores
     python cikd.py --dataset cifar10           # ViT-Tiny taught by ResNet-18: wants a GPU
     python cikd.py --compare --seeds 0 1 2     # scratch, kd, joint and cikd side by side
-    torchrun --nproc-per-node 4 cikd.py --dataset cifar10       # one student on four GPUs
+    torchrun --nproc-per-node 4 cikd.py --dataset cifar10       # four GPUs, after --method teacher
     python cikd.py --help                      # every setting, its default and where it comes from
-
 
 Paper: "Patient teacher can impart locality to improve lightweight vision transformer on small
 dataset", Pattern Recognition, 2025. Its public code distils a ViT-B. Our teacher is a ResNet, which
@@ -228,14 +227,18 @@ def teacher_attention(features: torch.Tensor, grid: int, heads: int, tau=0.2) ->
     maps = []
     with torch.autocast(features.device.type, enabled=False):       # small tau magnifies rounding
         for group in features.flatten(2).tensor_split(heads, dim=1):            # [B, ~C/H, N]
-            group = F.normalize(group - group.mean(2, keepdim=True), dim=1)     # unit vectors
-            maps.append((group.transpose(1, 2) @ group / tau).softmax(-1))      # [B, N, N]
+            group = group - group.mean(2, keepdim=True)     # without what all places share
+            unit = F.normalize(group, dim=1)                # each place's vector has length 1
+            cosine = unit.transpose(1, 2) @ unit                                # [B, N, N]
+            maps.append((cosine / tau).softmax(-1))                             # over keys
     return torch.stack(maps, 1)                                     # [B, H, N, N]
 
 
 def relation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """log softmax(a bᵀ / sqrt(d)) over keys (MiniLMv2): twice [B, H, N, d] -> [B, H, N, N]."""
-    return ((a * a.shape[-1] ** -0.5) @ b.transpose(-2, -1)).float().log_softmax(-1)
+    scale = a.shape[-1] ** -0.5                             # 1 / sqrt(d)
+    scores = (a * scale) @ b.transpose(-2, -1)              # [B, H, N, N]
+    return scores.float().log_softmax(-1)
 
 
 def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torch.Tensor:
@@ -254,25 +257,29 @@ def ali_loss(qkv: tuple, target: torch.Tensor, relations: str = "qk+vv") -> torc
 
 
 def color_jitter(images: torch.Tensor, strength: float) -> torch.Tensor:
-    """Brightness, contrast, saturation of images [B, 3, S, S] in [-1, 1], times 1 ± strength."""
+    """Brightness, contrast, saturation of images [B, 3, S, S] in [-1, 1], each times a random
+    factor between 1 - strength and 1 + strength, one for each image."""
     factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, device=images.device) - 1)
-    images = (images + 1) / 2 * factors[0]
-    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, factors[1])
-    return torch.lerp(images.mean(1, keepdim=True), images, factors[2]).clamp(0, 1) * 2 - 1
+    brightness, contrast, saturation = factors              # each [B, 1, 1, 1]
+    images = (images + 1) / 2 * brightness
+    images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, contrast)
+    images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
+    return images.clamp(0, 1) * 2 - 1
 
 
 # %% 4. Stage 2, LM: logit mimicking, beside the cross-entropy with the labels ---------------------
 def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.0) -> torch.Tensor:
     """Decoupled knowledge distillation (Zhao 2022) of logits [B, K], labels [B], batch mean:
     T² (alpha TCKD + beta NCKD). TCKD: the label against the rest; NCKD: the rest among themselves.
-    In log space, so that no gradient overflows: log(1 - p_y) is a logsumexp of the rest."""
+    In log space, so that no gradient overflows: the rest counts as one class, whose logit is the
+    logsumexp of theirs."""
     def split(z):   # -> log b [B, 2] = (log p_y, log(1 - p_y)), log r [B, K-1] of the other classes
         z = (z if z.dtype == torch.float64 else z.float()) / temperature
         column = torch.arange(z.shape[1] - 1, device=z.device)      # [K-1]: 0, 1, ..., K-2
         rest = column + (column >= labels[:, None])     # [B, K-1]: all classes but the label
         other = z.gather(1, rest)                                   # [B, K-1]: their logits
         label = z.gather(1, labels[:, None])[:, 0]                  # [B]
-        both = torch.stack([label, other.logsumexp(1)], 1)          # [B, 2]
+        both = torch.stack([label, other.logsumexp(1)], 1)          # [B, 2]: label, rest
         return both.log_softmax(1), other.log_softmax(1)
 
     log_b, log_r = split(logits)
@@ -335,10 +342,10 @@ def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epo
     classify = stage.labels or stage.logits
     if stage.ali or stage.logits:
         with torch.no_grad():       # without stage.logits the teacher ends at the last of `layers`
-            teacher_logits, features = teacher.forward_taps(view, layers, stage.logits)
+            teacher_logits, features = teacher.forward_taps(view, layers, classify=stage.logits)
     if stage.ali and not classify:  # stage 1: in other colours than the teacher
         view = color_jitter(view, cfg.jitter)
-    logits, qkv = model.forward_taps(view, blocks, classify)
+    logits, qkv = model.forward_taps(view, blocks, classify=classify)
     ali = ce = dkd = view.new_zeros(())                 # what a stage does not learn stays 0
     for block, layer in pairs:
         target = teacher_attention(features[layer], grid, cfg.heads, cfg.tau)
@@ -1158,7 +1165,8 @@ def train_epoch(model, teacher, optimizer, loss_fn, cfg: Config, data: Data, pla
     terms_of_steps = []
     seen = 0
     for step, (view, labels) in enumerate(batches(data, cfg, strong), 1):
-        rate = learning_rate((epoch - begin + step / steps) / length, cfg.lr, cfg.warmup)
+        progress = (epoch - begin + step / steps) / length      # in this stage, (0, 1]
+        rate = learning_rate(progress, cfg.lr, cfg.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with autocast(device):
@@ -1416,8 +1424,10 @@ def train(cfg: Config, data: Data | None = None) -> dict:
     data = data or load_dataset(cfg)
     if cfg.device == "auto":
         cfg.device = "cpu"
-        if torch.accelerator.is_available():
-            cfg.device = torch.accelerator.current_accelerator().type
+        if torch.cuda.is_available():
+            cfg.device = "cuda"
+        elif torch.backends.mps.is_available():
+            cfg.device = "mps"
     if cfg.device == "cuda":
         torch.set_float32_matmul_precision("high")          # TF32
     data = data._replace(train=[t.to(cfg.device) for t in data.train],
