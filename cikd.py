@@ -274,7 +274,9 @@ def dkd_loss(logits, teacher_logits, labels, alpha=1.0, beta=4.0, temperature=1.
     In log space, so that no gradient overflows: the rest counts as one class, whose logit is the
     logsumexp of theirs."""
     def split(z):   # -> log b [B, 2] = (log p_y, log(1 - p_y)), log r [B, K-1] of the other classes
-        z = (z if z.dtype == torch.float64 else z.float()) / temperature
+        if z.dtype != torch.float64:
+            z = z.float()
+        z = z / temperature
         column = torch.arange(z.shape[1] - 1, device=z.device)      # [K-1]: 0, 1, ..., K-2
         rest = column + (column >= labels[:, None])     # [B, K-1]: all classes but the label
         other = z.gather(1, rest)                                   # [B, K-1]: their logits
@@ -356,7 +358,9 @@ def step_loss(stage: Stage, cfg: Config, model, teacher, view, labels, stage_epo
     if stage.logits:
         dkd = dkd_loss(logits, teacher_logits, labels,
                        cfg.dkd_alpha, cfg.dkd_beta, cfg.dkd_temperature)
-        weight = (stage_epoch / cfg.ramp_epochs).clamp(max=1) if cfg.ramp_epochs else 1.0
+        weight = 1.0
+        if cfg.ramp_epochs:
+            weight = (stage_epoch / cfg.ramp_epochs).clamp(max=1)
         lm = ce + weight * dkd
     loss = ali + lm                                     # stage 1: ali; stage 2: lm; joint: both
     return loss, torch.stack([ali, ce, dkd]).detach()
@@ -1463,7 +1467,7 @@ def train(cfg: Config, data: Data | None = None) -> dict:
 
 def load_student(folder: str | Path) -> tuple[VisionTransformer, list[str], Config]:
     """A finished run's student in evaluation mode, its classes, settings. CIKDError, OSError."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     facts = read_facts(folder)
     need({*RESULT_SETTINGS, "classes", "teacher_hash"} <= facts.keys(),
          f"{folder}: holds a teacher, or a run of another version of cikd.py; name a student's run")

@@ -2287,6 +2287,13 @@ def test_the_curves_are_metrics_csv_without_what_a_stage_does_not_learn(loaded, 
             assert drawn[method] == learned
 
 
+def test_a_second_run_of_a_method_is_told_from_the_first(loaded):
+    cikd_run, scratch_run = loaded
+    first, second = va.lines_of([cikd_run, scratch_run, scratch_run])[1:]
+    assert (first.label, first.color) == ("scratch", va.COLORS["scratch"])
+    assert second.label.startswith("scratch 2 …") and second.color not in va.COLORS.values()
+
+
 def test_the_bars_are_the_last_accuracies_of_the_runs_and_their_teacher(loaded, runs):
     axes = matplotlib.figure.Figure().subplots()
     va.bars(axes, va.lines_of(loaded))
@@ -2465,6 +2472,7 @@ def test_an_unreadable_picture_among_others_is_named(copied, photos, capsys):
 
 def test_a_run_that_is_not_there_or_does_not_fit_is_named(copied, tiny, tmp_path, capsys):
     assert "nowhere: holds no run" in visualizer_fails(capsys, tmp_path / "nowhere")
+    assert "holds no run" in visualizer_fails(capsys, "~nosuchuser/run")
     shutil.rmtree(copied / "snapshots")
     assert "no snapshots" in visualizer_fails(capsys, copied, "--gif")
     other = cikd.train(replace(tiny, method="scratch", data_seed=1))["folder"]
@@ -2485,20 +2493,20 @@ def test_images_that_moved_or_changed_are_asked_for_by_the_visualizers_own_optio
     cfg = cikd.Config(dataset="folder", data_dir="set", method="scratch", image_size=32,
                       patch_size=4, student="vit_micro", crop="none", epochs=1, holdout=30)
     run = cikd.train(cfg)["folder"]
-    (tmp_path / "set").rename("moved")
+    (tmp_path / "set").rename("set--2")
     error = visualizer_fails(capsys, run)
     assert "--data-dir" in error and "--image" in error and "--holdout" not in error
-    assert va.main([run, "--data-dir", "moved"]) == 0
+    assert va.main([run, "--data-dir", "set--2"]) == 0
     capsys.readouterr()
-    first = tmp_path / "moved" / "train" / "class0" / "00.png"
+    first = tmp_path / "set--2" / "train" / "class0" / "00.png"
     first.unlink()
-    assert "other images" in visualizer_fails(capsys, run, "--data-dir", "moved")
+    assert "other images" in visualizer_fails(capsys, run, "--data-dir", "set--2")
     first.write_bytes(b"no picture")
-    error = visualizer_fails(capsys, run, "--data-dir", "moved")
+    error = visualizer_fails(capsys, run, "--data-dir", "set--2")
     assert "00.png" in error and "--image" in error and "--holdout" not in error
-    for other in (tmp_path / "moved" / "train").glob("class0/*"):
+    for other in (tmp_path / "set--2" / "train").glob("class0/*"):
         other.unlink()
-    error = visualizer_fails(capsys, run, "--data-dir", "moved")
+    error = visualizer_fails(capsys, run, "--data-dir", "set--2")
     assert "--data-dir" in error and "--image" in error and "--holdout" not in error
 
 

@@ -6,8 +6,8 @@
     python visualize_attention.py --index 3 8 --query 2 5 --format pdf --html
 
 The first run that has several stages (else the first one named) is shown before training and after
-each stage, the others at their end. Heatmaps and distances show only those of them that had no
-teacher (scratch). CLS is left out, as in ALI.
+each stage, the others at their end. Of the others, heatmaps and distances show only those that had
+no teacher (scratch), and kernels none. CLS is left out, as in ALI.
 """
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ COLORS = {                              # Okabe, Ito: told apart by colour-blind
     "kd": "#009E73",
     "scratch": "#D55E00",
 }
-# For a second run of one method, and for methods that a reader adds (Tol; Okabe and Ito).
+# For further runs of one method, and for methods that a reader adds (Tol; Okabe and Ito).
 SPARE_COLORS = ("#882255", "#44AA99", "#56B4E9", "#000000", "#F0E442")
 FRAME_COLOR = "#56B4E9"
 QUIET_COLOR = "#555555"
 DRAWN = 4                               # images in a figure
+DIMMED = 0.35                           # brightness of an image under its map
 
 
 # %% 1. Runs: settings, models, images -------------------------------------------------------------
@@ -73,7 +74,7 @@ class Span(NamedTuple):
 
 class Moment(NamedTuple):
     """A student at one moment of its training."""
-    label: str                                  # before training, after ALI, after LM
+    label: str                                  # before training, after ALI, after scratch, ...
     student: cikd.VisionTransformer
     span: Span | None                           # that has just ended; None before training
 
@@ -151,7 +152,7 @@ def teacher_accuracy(file: Path, cfg: cikd.Config) -> float | None:
 
 def load_run(folder: str | Path) -> Run:
     """A finished run's models, rebuilt from its settings. Raises CIKDError, OSError."""
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(os.path.abspath(os.path.expanduser(folder)))
     student, classes, cfg = cikd.load_student(folder)
     facts = cikd.read_facts(folder)
     rows = cikd.read_rows(folder / "metrics.csv", cfg.epochs)
@@ -198,7 +199,7 @@ def run_images(run: Run, pictures: list[str] | None = None,
         data = cikd.load_dataset(replace(run.cfg, data_dir=where))
     except cikd.CIKDError as error:
         # What names an option is advice for a training.
-        reasons = [part for part in str(error).split("; ") if "--" not in part]
+        reasons = [part for part in str(error).split("; ") if " --" not in f" {part}"]
         reason = "; ".join(reasons) or f"{where} holds others"
         raise cikd.CIKDError(f"{run.folder}: cannot read its images ({reason}); {remedy}") from None
     # Shapes are made anew, and another CPU may round a pixel differently.
@@ -255,11 +256,11 @@ class Line(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A student as all other figures show it."""
+    """A student as the other figures show it."""
     label: str
     color: str
     moment: Moment
-    own: bool               # of the first run; else it stands beside that run for comparison
+    own: bool               # of the first run, whose kernels are drawn; else for comparison
     detailed: bool          # heatmaps and distances show it, too
 
 
@@ -270,11 +271,12 @@ def lines_of(runs: list[Run]) -> list[Line]:
     lines = []
     for number, run in enumerate(runs):
         label = run.cfg.method
-        color = COLORS.get(label)
-        if number > 0 and methods.count(label) > 1:
-            label = f"{label} {number} …{run.folder.name[-9:]}"
-            color = None
-        lines.append(Line(run, label, color or next(spare)))
+        color = COLORS.get(label) or next(spare)
+        earlier = methods[:number].count(label)
+        if earlier:
+            label = f"{label} {earlier + 1} …{run.folder.name[-9:]}"
+            color = next(spare)
+        lines.append(Line(run, label, color))
     return lines
 
 
@@ -354,7 +356,11 @@ class Looks(NamedTuple):
 
 def patch_or_usual(query: int | None, grid: int) -> int:
     """The patch asked for; else one on the middle row, left of the middle."""
-    return grid // 2 * grid + grid // 4 if query is None else query
+    if query is not None:
+        return query
+    row = grid // 2
+    column = grid // 4
+    return row * grid + column
 
 
 def selective_patches(maps: torch.Tensor) -> torch.Tensor:
@@ -419,10 +425,10 @@ def bytes_of(write, *args, **kwargs) -> bytes:
 
 
 def small_print(run: Run) -> str:
-    """What a figure is of."""
+    """Which run a figure is of."""
     cfg = run.cfg
     data = Path(cfg.data_dir).absolute().name if cfg.dataset == "folder" else cfg.dataset
-    student = f"{data}, {cfg.student}, {cfg.epochs} epochs, seed {cfg.seed}"
+    student = f"{cfg.method} on {data}, {cfg.student}, {cfg.epochs} epochs, seed {cfg.seed}"
     if not run.teacher:
         return student
     if cfg.teacher_checkpoint:                  # nobody knows for how long it was trained
@@ -448,24 +454,24 @@ def show(figure, looked: Looks, scale: Normalize, count: int) -> np.ndarray:
     attention. Returns the axes [count, 1 + columns]."""
     grid = looked.columns[0].maps.shape[-1]
     extent = (0, grid, grid, 0)                 # left, right, bottom, top, in patches
-    axes = figure.subplots(count, len(looked.columns) + 1, squeeze=False)
+    all_axes = figure.subplots(count, len(looked.columns) + 1, squeeze=False)
     for row in range(count):
         image = looked.images[row].permute(1, 2, 0).numpy()     # [S, S, 3]
-        axes[row, 0].imshow(image, extent=extent)
-        for place, column in zip(axes[row, 1:], looked.columns):
+        all_axes[row, 0].imshow(image, extent=extent)
+        for axes, column in zip(all_axes[row, 1:], looked.columns):
             maps = column.maps[row].numpy()
             opacity = np.clip(0.2 + scale(maps), 0, 0.95)       # with little attention, the image
-            place.imshow(image.mean(2) * 0.5, cmap="gray", vmin=0, vmax=255, extent=extent)
-            place.imshow(maps, cmap="magma", norm=scale, extent=extent, alpha=opacity)
+            axes.imshow(image.mean(2) * DIMMED, cmap="gray", vmin=0, vmax=255, extent=extent)
+            axes.imshow(maps, cmap="magma", norm=scale, extent=extent, alpha=opacity)
         query = int(looked.queries[row])
         corner = (query % grid, query // grid)
-        for place in axes[row]:
-            place.add_patch(Rectangle(corner, 1, 1, fill=False, color=FRAME_COLOR, linewidth=2))
-            place.set(xticks=[], yticks=[])
-    axes[0, 0].set_title("image and query", fontsize=10)
-    for place, column in zip(axes[0, 1:], looked.columns):
-        place.set_title(column.label, fontsize=10)
-    return axes
+        for axes in all_axes[row]:
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, color=FRAME_COLOR, linewidth=2))
+            axes.set(xticks=[], yticks=[])
+    all_axes[0, 0].set_title("image and query", fontsize=10)
+    for axes, column in zip(all_axes[0, 1:], looked.columns):
+        axes.set_title(column.label, fontsize=10)
+    return all_axes
 
 
 @our_settings()
@@ -475,13 +481,14 @@ def heatmaps(run: Run, looked: Looks, captions: list[str], path: Path) -> dict[s
     columns = [column for column in looked.columns if column.trained]
     figure = Figure(layout="constrained")
     scale = scale_of(columns, len(captions))
-    axes = show(figure, looked._replace(columns=columns), scale, len(captions))
+    all_axes = show(figure, looked._replace(columns=columns), scale, len(captions))
     texts = []
-    for place, caption in zip(axes[:, 0], captions):
-        texts.append(place.text(-0.05, 0.5, caption, transform=place.transAxes, ha="right",
-                                va="center", in_layout=False))
-    bar = figure.colorbar(ScalarMappable(scale, "magma"), ax=axes, shrink=0.9, extend="max")
-    bar.set_label(f"attention, mean of heads\n(uniform: {1 / run.grid ** 2:.3f})", fontsize=9)
+    for axes, caption in zip(all_axes[:, 0], captions):
+        texts.append(axes.text(-0.05, 0.5, caption, transform=axes.transAxes, ha="right",
+                               va="center", in_layout=False))
+    bar = figure.colorbar(ScalarMappable(scale, "magma"), ax=all_axes, shrink=0.9, extend="max")
+    bar.set_label("attention, mean of heads, over the dimmed image\n"
+                  f"(uniform: {1 / run.grid ** 2:.3f})", fontsize=9)
     figure.suptitle(f"Where the framed patch looks: block {looked.block}", fontsize=13)
     # The layout would cut long captions off: their room is measured and kept out of it.
     figure.draw_without_rendering()
@@ -502,7 +509,8 @@ def distances(students: list[Measured], surrogates: list[Measured], path: Path, 
     blocks = np.arange(len(students[0].distance))
     for number, measured in enumerate(students):
         values = measured.distance.numpy()                      # [blocks, H]
-        beside = blocks + (number - (len(students) - 1) / 2) * 0.12
+        shift = 0.12 * (number - (len(students) - 1) / 2)       # so that no dot hides another
+        beside = blocks + shift
         axes.plot(beside, values, "o", color=measured.color, alpha=0.45, markersize=4,
                   markeredgewidth=0)
         axes.plot(beside, values.mean(1), color=measured.color, linewidth=2, label=measured.label)
@@ -512,7 +520,7 @@ def distances(students: list[Measured], surrogates: list[Measured], path: Path, 
                      label=f"{measured.label}: {mean:.2f}")
     axes.set(xlabel="block (dots: heads; lines: their mean)", xticks=blocks,
              ylabel="attention distance (patches)", title="How far the student looks, by depth")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=9, frameon=False)
     draw(figure, path, run)
 
 
@@ -525,21 +533,21 @@ def kernels(panels: dict[str, torch.Tensor], figure=None) -> Figure:
         tile = min(0.75, 10 / (heads * len(panels)), 6 / blocks)        # inches
         size = (tile * heads * len(panels) + 2.9, tile * blocks + 1.2)
         figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     scale = LogNorm(1e-3, 1, clip=True)
     step = side + 2                                             # a tile and the gap around it
-    for place, (label, panel) in zip(axes, panels.items()):
+    for axes, (label, panel) in zip(all_axes, panels.items()):
         tiles = torch.nn.functional.pad(panel, (1, 1, 1, 1), value=torch.nan)
         mosaic = tiles.permute(0, 2, 1, 3).reshape(blocks * step, heads * step)
-        place.imshow(mosaic.numpy(), cmap="magma", norm=scale)
-        place.set_title(label, fontsize=10)
-        place.set_xlabel("head")
-        place.set_xticks((np.arange(heads) + 0.5) * step - 0.5, range(heads))
-        place.set_yticks((np.arange(blocks) + 0.5) * step - 0.5, range(blocks))
-        place.tick_params(length=0)
-    axes[0].set_ylabel("block")
+        axes.imshow(mosaic.numpy(), cmap="magma", norm=scale)
+        axes.set_title(label, fontsize=10)
+        axes.set_xlabel("head")
+        axes.set_xticks((np.arange(heads) + 0.5) * step - 0.5, range(heads))
+        axes.set_yticks((np.arange(blocks) + 0.5) * step - 0.5, range(blocks))
+        axes.tick_params(length=0)
+    all_axes[0].set_ylabel("block")
     colors = ScalarMappable(scale, "magma")
-    bar = figure.colorbar(colors, ax=list(axes), shrink=0.8, extend="min", format="%g")
+    bar = figure.colorbar(colors, ax=list(all_axes), shrink=0.8, extend="min", format="%g")
     grid = (side + 1) // 2
     bar.set_label(f"mean attention, logarithmic\n(uniform: {1 / grid ** 2:.3f})", fontsize=9)
     figure.suptitle("mean attention by offset from the query "
@@ -593,13 +601,13 @@ def curriculum(lines: list[Line], path: Path) -> None:
         "attention_distance": "attention distance (patches)",
     }
     figure = Figure(figsize=(10, 5.6), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
-    for place, (name, title) in zip(axes, titles.items()):
-        curves(place, lines, name)
-        place.set_title(title, fontsize=10)
-    handles, labels = axes[0].get_legend_handles_labels()
-    axes[-1].axis("off")
-    axes[-1].legend(handles, labels, loc="center")
+    all_axes = figure.subplots(2, 3).flatten()
+    for axes, (name, title) in zip(all_axes, titles.items()):
+        curves(axes, lines, name)
+        axes.set_title(title, fontsize=10)
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    all_axes[-1].axis("off")
+    all_axes[-1].legend(handles, labels, loc="center")
     shaded = f" (shaded: stages of {lines[0].label})" if len(lines[0].run.spans) > 1 else ""
     figure.suptitle(f"The curriculum, epoch by epoch{shaded}", fontsize=12)
     draw(figure, path, lines[0].run)
@@ -675,7 +683,8 @@ def overview(lines: list[Line], panels: dict[str, torch.Tensor], looked: Looks,
     scheme(top.subplots())
     top.suptitle("CIKD: a CNN teaches a Vision Transformer, from easy to difficult", fontsize=14)
     show(middle, looked, scale_of(looked.columns, 1), 1)
-    middle.suptitle(f"Where the framed patch looks (block {looked.block})", fontsize=10)
+    middle.suptitle(f"Where the framed patch looks (block {looked.block}; bright: much attention, "
+                    "on a scale of its own)", fontsize=10)
     left, right = bottom.subfigures(1, 2, width_ratios=(1.2, 1))
     kernels(panels, left)
     upper, lower = right.subplots(2, 1, height_ratios=(2, 1))
@@ -843,7 +852,9 @@ def explorer(run: Run, entries: list[Entry], images: torch.Tensor, captions: lis
 def load_runs(folders: list[str]) -> list[Run]:
     """Runs that can be shown together, one of several stages first. Raises CIKDError, OSError."""
     runs = [load_run(folder) for folder in folders or [newest_run()]]
-    runs.sort(key=lambda run: len(run.spans) == 1)
+    several = [run for run in runs if len(run.spans) > 1]
+    single = [run for run in runs if len(run.spans) == 1]
+    runs = several + single
 
     def must_agree(run):
         return run.images_hash, run.grid, run.cfg.student, run.cfg.heads
@@ -915,7 +926,7 @@ def visualize(args: argparse.Namespace) -> Path:
     index = choose_images(args.index, len(images), truth)
     names = args.image or [f"test image {number}" for number in index]
     usual = "figures-own" if args.image else "figures"          # these stay beside each other
-    out = Path(args.output_dir or first.folder / usual).expanduser()
+    out = Path(os.path.expanduser(args.output_dir or first.folder / usual))
     check_writable(out)
     if args.gif:
         snapshots_of(first)                     # says now what it lacks, not after minutes
