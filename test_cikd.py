@@ -2435,7 +2435,7 @@ def test_long_class_names_are_shortened_and_no_name_is_a_formula(loaded, tmp_pat
     name = r"$\a$ very long name of a class that no page has any room for 2"
     run = loaded[0]._replace(classes=[f"{name}{i}" for i in range(10)])
     images, truth = va.run_images(run)
-    captions = va.captions_of(run, va.chances_of(run, images[:2]), truth[:2])
+    captions = va.captions_of(run, va.probabilities_of(run, images[:2]), truth[:2])
     assert captions[1].splitlines()[0] == rf"true: $\a$ very long…om for 2{int(truth[1])}"
     assert all(len(text) < 40 for caption in captions for text in caption.splitlines())
     for entries in ([], entries_of(loaded)):                # one column and four

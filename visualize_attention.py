@@ -397,11 +397,10 @@ def looks(run: Run, entries: list[Entry], images: torch.Tensor, query: int | Non
 
 
 @torch.no_grad()
-def chances_of(run: Run, images: torch.Tensor) -> torch.Tensor:
-    """What the finished student says: uint8 [n, 3, S, S] -> probabilities [n, K]."""
+def probabilities_of(run: Run, images: torch.Tensor) -> torch.Tensor:
+    """What the finished student says: uint8 [n, 3, S, S] -> [n, K]."""
     student = run.moments[-1].student
-    chances = [student(cikd.to_float(part)).softmax(1) for part in images.split(100)]
-    return torch.cat(chances)
+    return torch.cat([student(cikd.to_float(part)).softmax(1) for part in images.split(100)])
 
 
 # %% 3. Figures -----------------------------------------------------------------------------------
@@ -584,9 +583,9 @@ def curves(axes, lines: list[Line], name: str) -> None:
     axes.grid(alpha=0.3)
     shade_stages(axes, lines[0])
     if name == "accuracy":
-        chance = 100 / len(lines[0].run.classes)
-        axes.axhline(chance, color="black", linestyle=":", linewidth=1)
-        axes.text(longest, chance, "chance ", ha="right", va="bottom", fontsize=8)
+        guessing = 100 / len(lines[0].run.classes)
+        axes.axhline(guessing, color="black", linestyle=":", linewidth=1)
+        axes.text(longest, guessing, "guessing ", ha="right", va="bottom", fontsize=8)
         axes.set_ylim(0, 1.15 * axes.dataLim.ymax)
 
 
@@ -900,17 +899,17 @@ def shorten(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:14]}…{name[-9:]}"
 
 
-def best(classes: list[str], chances: torch.Tensor) -> list[str]:
+def best(classes: list[str], probabilities: torch.Tensor) -> list[str]:
     """The three likeliest classes, each with its percentage. Probabilities [K]."""
-    order = chances.argsort(descending=True)[:3].tolist()
-    return [f"{classes[number]} {100 * chances[number]:.1f} %" for number in order]
+    order = probabilities.argsort(descending=True)[:3].tolist()
+    return [f"{classes[number]} {100 * probabilities[number]:.1f} %" for number in order]
 
 
-def captions_of(run: Run, chances: torch.Tensor, truth: torch.Tensor | None) -> list[str]:
+def captions_of(run: Run, probabilities: torch.Tensor, truth: torch.Tensor | None) -> list[str]:
     """What is true, where that is known, and what the student says: probabilities [n, K], class
     numbers [n]."""
     classes = [shorten(name) for name in run.classes]
-    captions = [f"{run.cfg.method}: {best(classes, each)[0]}" for each in chances]
+    captions = [f"{run.cfg.method}: {best(classes, each)[0]}" for each in probabilities]
     if truth is None:
         return captions
     return [f"true: {classes[number]}\n{said}" for number, said in zip(truth.tolist(), captions)]
@@ -937,11 +936,12 @@ def visualize(args: argparse.Namespace) -> Path:
     surrogates = measure_surrogates(first, images)
     print_table(surrogates + students)
     drawn = images[index]
-    for name, chances in zip(names, chances_of(first, images if args.image else drawn)):
-        print(f"{name}: {', '.join(best(first.classes, chances))}")
+    described = images if args.image else drawn
+    for name, probabilities in zip(names, probabilities_of(first, described)):
+        print(f"{name}: {', '.join(best(first.classes, probabilities))}")
 
     drawn_truth = None if truth is None else truth[index]
-    captions = captions_of(first, chances_of(first, drawn), drawn_truth)
+    captions = captions_of(first, probabilities_of(first, drawn), drawn_truth)
     detailed = [entry for entry in entries if entry.detailed]
     looked = looks(first, detailed, drawn, query)
     panels = {}
